@@ -1,0 +1,51 @@
+"""Phi-3 in JAX and Flax linen: load, generate, fine-tune and convert, on one device or a mesh.
+
+The names below are the public surface. They are imported on first use, so that a command which
+only reads a header does not wait for the compiler to load.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GenerationConfig": "phi3_jax.generation.config",
+    "KVCache": "phi3_jax.cache",
+    "Phi3Config": "phi3_jax.config",
+    "Phi3ForCausalLM": "phi3_jax.model",
+    "Phi3Model": "phi3_jax.model",
+    "TextGenerator": "phi3_jax.text.generator",
+    "Tokenizer": "phi3_jax.text.tokenizer",
+    "from_pretrained": "phi3_jax.checkpoint",
+    "generate": "phi3_jax.generation.decoding",
+    "make_mesh": "phi3_jax.sharding",
+    "save_pretrained": "phi3_jax.checkpoint",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from phi3_jax.cache import KVCache as KVCache
+    from phi3_jax.checkpoint import from_pretrained as from_pretrained
+    from phi3_jax.checkpoint import save_pretrained as save_pretrained
+    from phi3_jax.config import Phi3Config as Phi3Config
+    from phi3_jax.generation.config import GenerationConfig as GenerationConfig
+    from phi3_jax.generation.decoding import generate as generate
+    from phi3_jax.model import Phi3ForCausalLM as Phi3ForCausalLM
+    from phi3_jax.model import Phi3Model as Phi3Model
+    from phi3_jax.sharding import make_mesh as make_mesh
+    from phi3_jax.text.generator import TextGenerator as TextGenerator
+    from phi3_jax.text.tokenizer import Tokenizer as Tokenizer
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'phi3_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,124 @@
+"""Rotary position embedding: frequencies, the precomputed tables, and when a row is long.
+
+Longrope (LongRoPE, arXiv:2402.13753) has two sets of factors. A row uses the long set when its own
+largest position + 1 exceeds original_max_position_embeddings, else the short one; `rows_are_long`
+is the only place that decides it. Letters: R rotary pairs, P table rows (positions).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi3_jax.config import Phi3Config
+
+
+class RopeTables(NamedTuple):
+    """cos and sin of every position, float32, times the attention factor.
+
+    The short pair serves rows up to original_max_position_embeddings and has no more rows than
+    that under longrope; the long pair is None where no row can be long. All are [P, R].
+    """
+
+    short_cos_PR: jax.typing.ArrayLike
+    short_sin_PR: jax.typing.ArrayLike
+    long_cos_PR: jax.typing.ArrayLike | None
+    long_sin_PR: jax.typing.ArrayLike | None
+
+
+def inverse_frequencies(config: Phi3Config, long: bool = False) -> np.ndarray:
+    """Radians per position of each rotary pair, float32 [R].
+
+    Reference: `_compute_longrope_parameters` and `compute_default_rope_parameters` of
+    transformers, in their float32 arithmetic.
+    """
+    rope = config.rope_parameters
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
+    periods = np.float32(rope["rope_theta"]) ** exponents
+    if config.is_longrope:
+        factors = rope["long_factor"] if long else rope["short_factor"]
+        periods = np.asarray(factors, np.float32) * periods
+    return (np.float32(1.0) / periods).astype(np.float32)
+
+
+def attention_factor(config: Phi3Config) -> float:
+    """What cos and sin of both tables are multiplied with.
+
+    An explicit attention_factor wins, then `factor`, then max / original; see
+    `_compute_longrope_parameters` of transformers.
+    """
+    rope = config.rope_parameters
+    if not config.is_longrope:
+        return 1.0
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    original = config.original_max_position_embeddings
+    scale = rope.get("factor", config.max_position_embeddings / original)
+    return 1.0 if scale <= 1.0 else math.sqrt(1.0 + math.log(scale) / math.log(original))
+
+
+@functools.lru_cache(maxsize=8)
+def rope_tables(config: Phi3Config, length: int) -> RopeTables:
+    """Tables for the positions 0 to length - 1, as float32 numpy arrays.
+
+    Pass them to compiled functions as arguments: at 131,072 positions they are 48 MiB, too much
+    for a constant inside a program.
+    """
+    original = config.original_max_position_embeddings
+    if not config.is_longrope or length <= original:
+        return RopeTables(*_table(config, length, long=False), None, None)
+    short = _table(config, original, long=False)
+    return RopeTables(*short, *_table(config, length, long=True))
+
+
+def _table(config: Phi3Config, length: int, long: bool) -> tuple[np.ndarray, np.ndarray]:
+    positions = np.arange(length, dtype=np.float32)
+    # The angle is rounded to float32 as in the reference; only its cosine is taken more exactly.
+    angles = (positions[:, None] * inverse_frequencies(config, long)).astype(np.float64)
+    factor = attention_factor(config)
+    return tuple((f(angles).astype(np.float32) * np.float32(factor)) for f in (np.cos, np.sin))
+
+
+def rows_are_long(
+    config: Phi3Config, position_ids_BT: jax.Array, mask_BT: jax.Array | None = None
+) -> jax.Array:
+    """Which rows use the long factors: those whose largest unmasked position + 1 exceeds
+    original_max_position_embeddings. bool [B].
+    """
+    if mask_BT is not None:
+        position_ids_BT = jnp.where(mask_BT, position_ids_BT, 0)
+    return position_ids_BT.max(axis=1) + 1 > config.original_max_position_embeddings
+
+
+def rope_cos_sin(
+    tables: RopeTables, position_ids_BT: jax.Array, long_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin for each token, float32 [B, T, R], from the table that its row uses.
+
+    A position beyond the table gives NaN: a clamped lookup would be wrong without a sign.
+    """
+    look_up = functools.partial(
+        jnp.take, indices=position_ids_BT, axis=0, mode="fill", fill_value=jnp.nan
+    )
+    short = tuple(look_up(jnp.asarray(t)) for t in (tables.short_cos_PR, tables.short_sin_PR))
+    if tables.long_cos_PR is None:
+        return short
+    long = tuple(look_up(jnp.asarray(t)) for t in (tables.long_cos_PR, tables.long_sin_PR))
+    cos, sin = (jnp.where(long_B[:, None, None], pair[0], pair[1]) for pair in zip(long, short))
+    return cos, sin
+
+
+def apply_rope(x_BTKCH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Rotates the first 2R dimensions of each head, first half against second half.
+
+    cos and sin are cast to the dtype of x after their scaling, as in the reference
+    (`apply_rotary_pos_emb`); the dimensions beyond 2R pass through (partial rotary).
+    """
+    pairs = cos_BTR.shape[-1]
+    cos, sin = (t[:, :, None, None].astype(x_BTKCH.dtype) for t in (cos_BTR, sin_BTR))
+    first, second, rest = jnp.split(x_BTKCH, (pairs, 2 * pairs), axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return jnp.concatenate(rotated, axis=-1)

@@ -68,9 +68,7 @@ class KVCache:
                 "do not fit; make a larger cache, or give fewer tokens"
             )
 
-    def write(
-        self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, mask_BT: jax.Array | None
-    ) -> "KVCache":
+    def write(self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, mask_BT: jax.Array | None) -> "KVCache":
         """The cache with T more columns; a token that mask_BT leaves out leaves its slot as it was."""
         tokens = k_LBTKH.shape[2]
         start = self.length

@@ -142,9 +142,7 @@ class Attention(nn.Module):
         config = self.config
         D, K, H = config.hidden_size, config.num_key_value_heads, config.head_dim
         G = config.num_attention_heads // K
-        linear = partial(
-            Projection, config=config, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        linear = partial(Projection, config=config, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv_names = ("embed", "kv_heads", None, None)
         qkv_proj = linear(
             equation="BTD,DKCH->BTKCH", shape=(D, K, G + 2, H), names=qkv_names, name="qkv_proj"

@@ -119,3 +119,11 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
         np.shape(x), everywhere, lambda index: np.asarray(x)[index]
     )
     return jax.tree.map(put, tree)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree of arrays lives on, or None for arrays on one device."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding):
+            return leaf.sharding.mesh
+    return None

@@ -1,7 +1,10 @@
 """The key-value cache: passed into a call and returned from it. Letters as in model.py."""
 
+import dataclasses
+
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -69,7 +72,7 @@ class KVCache:
             )
 
     def write(self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, mask_BT: jax.Array | None) -> "KVCache":
-        """The cache with T more columns; a token that mask_BT leaves out leaves its slot as it was."""
+        """The cache with T more columns; where mask_BT is False a slot stays as it was."""
         tokens = k_LBTKH.shape[2]
         start = self.length
         if mask_BT is None:
@@ -91,9 +94,11 @@ class KVCache:
 
     def rewind(self) -> "KVCache":
         """The cache as it stands, about to be written again from its first column."""
-        return self.replace(length=jnp.zeros((), jnp.int32), filled=False)
+        return dataclasses.replace(self, length=jnp.zeros((), jnp.int32), filled=False)
 
     def truncate(self, length: jax.typing.ArrayLike) -> "KVCache":
         """The cache with its first `length` columns only; the slots behind are free again."""
         kept = jnp.arange(self.capacity) < length
-        return self.replace(valid_BS=self.valid_BS & kept, length=jnp.asarray(length, jnp.int32))
+        return dataclasses.replace(
+            self, valid_BS=self.valid_BS & kept, length=jnp.asarray(length, jnp.int32)
+        )

@@ -1,4 +1,4 @@
-"""The model's configuration: Hugging Face's config.json for `model_type: phi3`, frozen and checked."""
+"""The model's configuration: Hugging Face's config.json of `model_type: phi3`, checked, frozen."""
 
 import dataclasses
 import difflib
@@ -100,7 +100,8 @@ class Phi3Config:
     intermediate_size: int = 8192
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
+    # Three fields may be left None and are resolved; whoever reads them finds a value.
+    num_key_value_heads: int = None  # ty: ignore[invalid-assignment]
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0  # declared by the reference and never applied there, nor here
     attention_dropout: float = 0.0
@@ -111,12 +112,12 @@ class Phi3Config:
     rms_norm_eps: float = 1e-5
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: Mapping[str, Any] | None = None
+    rope_parameters: Mapping[str, Any] = None  # ty: ignore[invalid-assignment]
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | list[int] | None = 32000
     pad_token_id: int | None = 32000
     sliding_window: int | None = None
-    head_dim: int | None = None
+    head_dim: int = None  # ty: ignore[invalid-assignment]
     extra: Mapping[str, Any] = FrozenMapping()
 
     rope_scaling: InitVar[Mapping[str, Any] | None] = None
@@ -220,7 +221,7 @@ class Phi3Config:
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             fields["head_dim"] = self.head_dim
         head = {"architectures": ["Phi3ForCausalLM"], "model_type": MODEL_TYPE}
-        return {**head, **fields, **self.extra.thaw()}
+        return {**head, **fields, **_thaw(self.extra)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` into a folder, which is made if it is not there."""
@@ -233,10 +234,8 @@ class Phi3Config:
 # The init-only arguments leave their default behind as a class attribute; readers get the value
 # in force instead. rope_scaling has no such reader: its content is rope_parameters.
 _INIT_ONLY = ("rope_scaling", "rope_theta", "partial_rotary_factor")
-Phi3Config.rope_theta = property(lambda self: self.rope_parameters["rope_theta"])
-Phi3Config.partial_rotary_factor = property(
-    lambda self: self.rope_parameters["partial_rotary_factor"]
-)
+for _name in ("rope_theta", "partial_rotary_factor"):
+    setattr(Phi3Config, _name, property(lambda self, name=_name: self.rope_parameters[name]))
 
 
 def as_token_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
@@ -277,8 +276,7 @@ def _check_fields(config: Phi3Config) -> None:
             value = getattr(config, name)
             accepted = kind | int if kind is float else kind
             if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-                words = str(kind).replace("collections.abc.", "")
-                words = words if isinstance(value, type) or "|" in words else kind.__name__
+                words = str(kind) if "|" in str(kind) else getattr(kind, "__name__", "")
                 raise ValueError(f"{name} is {value!r}, expected {words}")
             if limit and value is not None and not limit[1](value):
                 raise ValueError(f"{name} is {value!r}, must be {limit[0]}")

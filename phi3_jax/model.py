@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from phi3_jax.attention import attend, causal_mask
@@ -77,7 +78,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        weight = self.param("weight", ones, x.shape[-1:], self.param_dtype)
+        weight: Any = self.param("weight", ones, x.shape[-1:], self.param_dtype)
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.config.rms_norm_eps)).astype(x.dtype)
@@ -102,7 +103,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         normal = nn.initializers.normal(self.config.initializer_range)
         init = nn.with_logical_partitioning(normal, self.names)
-        weight = self.param("weight", init, self.shape, self.param_dtype)
+        weight: Any = self.param("weight", init, self.shape, self.param_dtype)
         return jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
 
 
@@ -114,7 +115,7 @@ class Embedding(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, input_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the embedded tokens [B, T, D], and the table, which a tied head uses again."""
         config = self.config
 
@@ -125,7 +126,8 @@ class Embedding(nn.Module):
 
         shape = (config.vocab_size, config.hidden_size)
         boxed = nn.with_logical_partitioning(init, ("vocab", "embed"))
-        table_VD = self.param("weight", boxed, shape, self.param_dtype).astype(self.dtype)
+        table: Any = self.param("weight", boxed, shape, self.param_dtype)
+        table_VD = table.astype(self.dtype)
         return jnp.take(table_VD, input_ids_BT, axis=0), table_VD
 
 
@@ -200,7 +202,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cached, rope, masks, keep_kv: bool):
-        kinds = dict(config=self.config, param_dtype=self.param_dtype)
+        kinds: dict[str, Any] = dict(config=self.config, param_dtype=self.param_dtype)
         attention = Attention(**kinds, dtype=self.dtype, name="self_attn")
         mlp = MLP(**kinds, dtype=self.dtype, name="mlp")
         normed = RMSNorm(**kinds, name="input_layernorm")(x_BTD)
@@ -255,7 +257,7 @@ class Phi3Model(nn.Module):
 def decode_tokens(module, input_ids, attention_mask, position_ids, cache, rope):
     """The body of Phi3Model; also returns the embedding table, for a tied head."""
     config, dtype = module.config, jnp.dtype(module.dtype)
-    kinds = dict(config=config, dtype=dtype, param_dtype=module.param_dtype)
+    kinds: dict[str, Any] = dict(config=config, dtype=dtype, param_dtype=module.param_dtype)
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {input_ids.shape}, expected [batch, tokens]")

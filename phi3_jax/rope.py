@@ -79,7 +79,8 @@ def _table(config: Phi3Config, length: int, long: bool) -> tuple[np.ndarray, np.
     # The angle is rounded to float32 as in the reference; only its cosine is taken more exactly.
     angles = (positions[:, None] * inverse_frequencies(config, long)).astype(np.float64)
     factor = attention_factor(config)
-    return tuple((f(angles).astype(np.float32) * np.float32(factor)) for f in (np.cos, np.sin))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return cos * np.float32(factor), sin * np.float32(factor)
 
 
 def rows_are_long(
@@ -103,12 +104,14 @@ def rope_cos_sin(
     look_up = functools.partial(
         jnp.take, indices=position_ids_BT, axis=0, mode="fill", fill_value=jnp.nan
     )
-    short = tuple(look_up(jnp.asarray(t)) for t in (tables.short_cos_PR, tables.short_sin_PR))
-    if tables.long_cos_PR is None:
-        return short
-    long = tuple(look_up(jnp.asarray(t)) for t in (tables.long_cos_PR, tables.long_sin_PR))
-    cos, sin = (jnp.where(long_B[:, None, None], pair[0], pair[1]) for pair in zip(long, short))
-    return cos, sin
+    cos = look_up(jnp.asarray(tables.short_cos_PR))
+    sin = look_up(jnp.asarray(tables.short_sin_PR))
+    if tables.long_cos_PR is None or tables.long_sin_PR is None:
+        return cos, sin
+    long_B11 = long_B[:, None, None]
+    long_cos = look_up(jnp.asarray(tables.long_cos_PR))
+    long_sin = look_up(jnp.asarray(tables.long_sin_PR))
+    return jnp.where(long_B11, long_cos, cos), jnp.where(long_B11, long_sin, sin)
 
 
 def apply_rope(x_BTKCH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:

@@ -16,7 +16,6 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -63,6 +62,8 @@ class GenerationConfig:
       do_sample: draw from the distribution instead of taking its maximum.
       temperature, top_k, top_p, min_p: how the distribution is cut before drawing, applied in
         this order; they have no part in greedy decoding.
+      repetition_penalty: divides positive and multiplies negative logits of ids that the row holds
+        already, prompt included; in greedy decoding too.
       eos_token_id: an id or several that end a row; the id itself stays in the output.
       pad_token_id: what finished rows emit.
       bos_token_id: kept for the folder's sake.
@@ -80,6 +81,7 @@ class GenerationConfig:
     top_k: int | None = 50
     top_p: float | None = 1.0
     min_p: float | None = None
+    repetition_penalty: float | None = 1.0
     eos_token_id: int | tuple[int, ...] | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -196,6 +198,7 @@ def _check(config: GenerationConfig) -> None:
         ("top_k", whole, lambda x: x >= 0, "a whole number, 0 to keep all"),
         ("top_p", real, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
         ("min_p", real, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+        ("repetition_penalty", real, lambda x: x > 0, "a number above 0"),
         ("pad_token_id", whole, lambda x: x >= 0, "a token id"),
         ("bos_token_id", whole, lambda x: x >= 0, "a token id"),
     ]

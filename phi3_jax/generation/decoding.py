@@ -10,6 +10,7 @@ what is cached of it is stale in every layer. The loop ends there, `prefill` com
 anew from its own tokens and leaves the other rows' slots alone, and the loop goes on.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class DecodeState:
       done_B: bool, rows that have ended; they emit padding.
       new_BS: int32, the tokens chosen so far, in the first `step` columns.
       step: int32, how many those are.
+      seen_BV: bool, the ids that each row holds; None without a repetition penalty.
       key: the request's random key.
     """
 
@@ -64,6 +66,7 @@ class DecodeState:
     done_B: jax.Array
     new_BS: jax.Array
     step: jax.Array
+    seen_BV: jax.Array | None
     key: jax.Array
 
 
@@ -101,7 +104,7 @@ def prefill(
     Returns:
       float32 logits [B, V] of the last column in use, and the cache.
     """
-    out = model.apply(
+    out: Any = model.apply(
         {"params": params},
         input_ids,
         attention_mask=attention_mask,
@@ -141,14 +144,15 @@ def decode_loop(
 
 def _step(model, params, state, settings, rope) -> DecodeState:
     config, position_B1 = model.config, state.position_B[:, None]
-    out = model.apply(
+    out: Any = model.apply(
         {"params": params},
         state.token_B[:, None],
         position_ids=position_B1,
         cache=state.cache,
         rope=rope,
     )
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         cache=out.cache,
         position_B=state.position_B + 1,
         long_B=state.long_B | rows_are_long(config, position_B1),
@@ -157,7 +161,7 @@ def _step(model, params, state, settings, rope) -> DecodeState:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _first_state(logits_BV, cache, long_B, position_B, settings, key) -> DecodeState:
+def _first_state(logits_BV, cache, long_B, position_B, seen_BV, settings, key) -> DecodeState:
     """The state after a prefill: the first token chosen."""
     batch = logits_BV.shape[0]
     state = DecodeState(
@@ -168,22 +172,26 @@ def _first_state(logits_BV, cache, long_B, position_B, settings, key) -> DecodeS
         done_B=jnp.zeros(batch, bool),
         new_BS=jnp.zeros((batch, cache.capacity), jnp.int32),
         step=jnp.zeros((), jnp.int32),
+        seen_BV=seen_BV,
         key=key,
     )
     return _append(state, logits_BV, settings)
 
 
 def _append(state: DecodeState, logits_BV: jax.Array, settings: Settings) -> DecodeState:
-    token_B = settings.choose(logits_BV, jax.random.fold_in(state.key, state.step))
+    seen_BV, rows_B = state.seen_BV, jnp.arange(len(logits_BV))
+    token_B = settings.choose(logits_BV, jax.random.fold_in(state.key, state.step), seen_BV)
     token_B = jnp.where(state.done_B, settings.pad_id, token_B)
     ended_B = (token_B[:, None] == settings.eos_ids[None, :]).any(axis=1)
     new_BS = lax.dynamic_update_slice_in_dim(state.new_BS, token_B[:, None], state.step, axis=1)
     # Every process reads these on its host.
-    return state.replace(
+    return dataclasses.replace(
+        state,
         token_B=constrain(token_B, None),
         done_B=constrain(state.done_B | ended_B, None),
         new_BS=constrain(new_BS, None, None),
         step=state.step + 1,
+        seen_BV=None if seen_BV is None else seen_BV.at[rows_B, token_B].set(True),
     )
 
 
@@ -218,7 +226,7 @@ class _Request:
     rope: RopeTables
     capacity: int
     seed: int
-    state: DecodeState | None = None
+    state: Any = None  # a DecodeState, from start() on
 
     def start(self) -> None:
         """Runs the prompt and chooses the first token."""
@@ -227,12 +235,20 @@ class _Request:
             cache = _empty_cache(self.model, batch, self.capacity)
             logits_BV, cache = self._prefill(self.input_ids, self.attention_mask, cache)
             tokens_B = self.attention_mask.sum(axis=1, dtype=np.int32)
-            original = self.model.config.original_max_position_embeddings
-            placed = replicate((tokens_B > original, tokens_B, self.settings), self.mesh)
-            long_B, position_B, settings = placed
+            long_B = tokens_B > self.model.config.original_max_position_embeddings
+            placed = replicate((long_B, tokens_B, self._seen(), self.settings), self.mesh)
             key = jax.random.key(self.seed)
-            self.settings = settings
-            self.state = _first_state(logits_BV, cache, long_B, position_B, settings, key)
+            self.settings = placed[-1]
+            self.state = _first_state(logits_BV, cache, *placed, key)
+
+    def _seen(self) -> np.ndarray | None:
+        """Which ids each row of the prompt holds, where that is asked for."""
+        if self.settings.repetition_penalty is None:
+            return None
+        seen_BV = np.zeros((len(self.input_ids), self.model.config.vocab_size), bool)
+        rows, columns = np.nonzero(self.attention_mask)
+        seen_BV[rows, self.input_ids[rows, columns]] = True
+        return seen_BV
 
     def _prefill(self, ids_BT, mask_BT, cache, length=None):
         width = bucket(ids_BT.shape[1])
@@ -277,7 +293,7 @@ class _Request:
             length = ids_BT.shape[1] - 1
             _, cache = self._prefill(ids_BT, mask_BT, self.state.cache, length)
         long_B = self.state.long_B | rows_B
-        self.state = self.state.replace(cache=cache, long_B=long_B)
+        self.state = dataclasses.replace(self.state, cache=cache, long_B=long_B)
 
     @property
     def sequences(self) -> np.ndarray:

@@ -30,6 +30,16 @@ def min_p(logits_BV: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(probs < p * probs.max(axis=-1, keepdims=True), -jnp.inf, logits_BV)
 
 
+def repetition_penalty(
+    logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.typing.ArrayLike
+) -> jax.Array:
+    """Makes ids that a row holds less likely, once however often it holds them
+    (RepetitionPenaltyLogitsProcessor).
+    """
+    lowered = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return jnp.where(seen_BV, lowered, logits_BV)
+
+
 @flax.struct.dataclass
 class Settings:
     """A GenerationConfig as a compiled step sees it.
@@ -38,6 +48,7 @@ class Settings:
     program, so that another value compiles nothing.
     """
 
+    repetition_penalty: jax.Array | None
     temperature: jax.Array | None
     top_k: jax.Array | None
     top_p: jax.Array | None
@@ -66,21 +77,29 @@ class Settings:
             raise ValueError(f"pad_token_id is {pad_id}, outside the vocabulary of {vocab_size}")
 
         def number(value, off, dtype):
-            on = config.do_sample and value is not None and value != off
-            return jnp.asarray(value, dtype) if on else None
+            return None if value is None or value == off else jnp.asarray(value, dtype)
+
+        def warper(value, off, dtype):
+            return number(value, off, dtype) if config.do_sample else None
 
         return cls(
-            temperature=number(config.temperature, 1.0, jnp.float32),
-            top_k=number(config.top_k, 0, jnp.int32),
-            top_p=number(config.top_p, 1.0, jnp.float32),
-            min_p=number(config.min_p, 0.0, jnp.float32),
+            repetition_penalty=number(config.repetition_penalty, 1.0, jnp.float32),
+            temperature=warper(config.temperature, 1.0, jnp.float32),
+            top_k=warper(config.top_k, 0, jnp.int32),
+            top_p=warper(config.top_p, 1.0, jnp.float32),
+            min_p=warper(config.min_p, 0.0, jnp.float32),
             eos_ids=jnp.asarray(eos_ids, jnp.int32),
             pad_id=jnp.asarray(pad_id, jnp.int32),
             do_sample=config.do_sample,
         )
 
-    def process(self, logits_BV: jax.Array) -> jax.Array:
-        """The logits to draw from, -inf for what is removed."""
+    def process(self, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
+        """The logits to choose from, -inf for what is removed.
+
+        seen_BV: bool, the ids that each row holds; needed where there is a repetition penalty.
+        """
+        if self.repetition_penalty is not None and seen_BV is not None:
+            logits_BV = repetition_penalty(logits_BV, seen_BV, self.repetition_penalty)
         if self.temperature is not None:
             logits_BV = logits_BV / self.temperature
         for function, value in ((top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)):
@@ -88,14 +107,17 @@ class Settings:
                 logits_BV = function(logits_BV, value)
         return logits_BV
 
-    def choose(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+    def choose(
+        self, logits_BV: jax.Array, key: jax.Array, seen_BV: jax.Array | None = None
+    ) -> jax.Array:
         """The next token of every row, int32 [B].
 
         Each row has a key of its own, from its number in the batch: what its neighbours hold, and
         how many there are, does not change its draws.
         """
+        logits_BV = self.process(logits_BV, seen_BV)
         if not self.do_sample:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_BV.shape[0]))
-        drawn = jax.vmap(jax.random.categorical)(keys, self.process(logits_BV))
+        drawn = jax.vmap(jax.random.categorical)(keys, logits_BV)
         return drawn.astype(jnp.int32)

@@ -1,0 +1,68 @@
+"""Measures both conversions of a folder against a plain copy of its files on the same disk.
+
+    python benchmarks/convert.py FOLDER [--work DIR]
+
+Prints seconds, bytes a second and peak resident memory. Each step starts with its source out of the
+page cache and ends when all is on the disk; what it writes is removed again. DIR, by default beside
+the folder, needs three times the room of the weights.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(command: list[str], source: Path) -> tuple[float, int]:
+    """Seconds until the output is on the disk, and the peak resident bytes of the process."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    seconds = time.perf_counter() - start
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return seconds, usage.ru_maxrss * unit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--work", type=Path)
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    work = (arguments.work or folder.parent).resolve() / f"convert-benchmark-{os.getpid()}"
+    work.mkdir(parents=True)
+    convert = [sys.executable, "-m", "convert.cli"]
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(f"{folder}: {size:,} bytes of safetensors; {os.cpu_count()} cores")
+    try:
+        steps = [
+            ("plain copy", ["cp", "-r", str(folder), str(work / "copy")], folder),
+            ("to-orbax", [*convert, "to-orbax", str(folder), str(work / "orbax")], folder),
+            ("to-hf", [*convert, "to-hf", str(work / "orbax"), str(work / "hf")], work / "orbax"),
+            ("verify", [*convert, "verify", str(folder), str(work / "hf")], work / "hf"),
+        ]
+        os.sync()
+        for name, command, source in steps:
+            seconds, peak = run(command, source)
+            rate = size / seconds / 1e6
+            print(f"{name:10}  {seconds:7.1f} s  {rate:7.0f} MB/s  peak RSS {peak / 1e9:.2f} GB")
+            if name == "plain copy":
+                shutil.rmtree(work / "copy")
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What a model folder is, where it comes from, and how a new one appears whole or not at all."""
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from phi3_jax.config import CONFIG_FILE
+from phi3_jax.safetensors_files import INDEX_FILE, SINGLE_FILE
+
+PARAMS_FOLDER = "params"
+
+# What travels with the weights, unchanged, whichever format they are in.
+SIDE_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_HUB_PATTERNS = [*SIDE_FILES, "model*.safetensors", INDEX_FILE, f"{PARAMS_FOLDER}/*"]
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+_LOCK = ".lock"
+
+
+def find_folder(name: str | Path) -> Path:
+    """A model folder by its path, or by its id on the Hugging Face hub, which downloads it.
+
+    Raises:
+      FileNotFoundError: where there is no such folder and none can be downloaded.
+      ValueError: for a file, and for what an interrupted run left behind.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if re.match(rf"\..*{_PARTIAL}", folder.resolve().name):
+            raise ValueError(
+                f"{str(name)!r} was left unfinished by an interrupted run; run that again"
+            )
+        return folder
+    if folder.exists():
+        raise ValueError(f"{str(name)!r} is a file, expected a model folder")
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"there is no folder {str(name)!r}")
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    trouble = f"there is no folder {hub_id!r} here, and it cannot be downloaded from the hub"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"{trouble}: `pip install huggingface_hub` first") from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # the hub's errors have no base class but this
+        raise FileNotFoundError(f"{trouble}: {error}") from error
+
+
+def folder_kind(folder: Path) -> Literal["hf", "orbax"]:
+    """Which of the two formats a model folder holds.
+
+    Raises:
+      ValueError: where it holds none, or both.
+    """
+    kinds: list[Literal["hf", "orbax"]] = []
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        kinds.append("hf")
+    if (folder / PARAMS_FOLDER).is_dir():
+        kinds.append("orbax")
+    if len(kinds) == 1:
+        return kinds[0]
+    looked_for = f"{SINGLE_FILE}, {INDEX_FILE} or an Orbax checkpoint in {PARAMS_FOLDER}/"
+    if kinds:
+        raise ValueError(f"{str(folder)!r} holds two models at once ({looked_for}); separate them")
+    raise ValueError(f"{str(folder)!r} is not a model folder: it has no {looked_for}")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies config, generation config and the tokenizer's files, byte for byte."""
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def check_apart(source: Path, target: str | Path) -> None:
+    """Refuses a target that is the source, or holds it.
+
+    Raises:
+      ValueError: then.
+    """
+    inside, outside = source.resolve(), Path(target).expanduser().resolve()
+    if outside in (inside, *inside.parents):
+        raise ValueError(f"the target {str(target)!r} holds the source {str(source)!r}")
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which becomes `target` when the context ends without an error.
+
+    Until then it is a hidden sibling that no loader accepts. Siblings that killed runs left are
+    removed first. With force an existing model folder is replaced, and is there until the new one
+    is whole.
+
+    Raises:
+      FileExistsError: where the target exists, without force.
+      ValueError: where the target exists and is not a model folder, with force.
+    """
+    target = Path(target).expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(target)
+    _check_replaceable(target, force)
+    stage, lock = _new_stage(target)
+    with lock:
+        try:
+            yield stage
+            _check_replaceable(target, force)
+            replaced = target.with_name(f".{target.name}{_REPLACED}{secrets.token_hex(4)}")
+            if target.exists():
+                target.rename(replaced)
+            stage.rename(target)
+            # Only now: without its lock the finished stage would be anyone's to clear.
+            (target / _LOCK).unlink()
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            _clear_leftovers(target)
+            raise
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{str(target)!r} exists; replace it with force (--force)")
+    try:
+        folder_kind(target)
+    except ValueError:
+        # A slip of the hand must not cost a home folder.
+        raise ValueError(
+            f"{str(target)!r} exists and is not a model folder, so it is not replaced; "
+            "remove it, or choose another name"
+        ) from None
+
+
+def _new_stage(target: Path):
+    """A new stage and its open lock file, locked."""
+    while True:
+        stage = target.with_name(f".{target.name}{_PARTIAL}{secrets.token_hex(4)}")
+        stage.mkdir()
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = open(stage / _LOCK, "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another run may have cleared the stage while it had no lock yet.
+            os.stat(stage / _LOCK)
+            return stage, lock
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Removes the stages of runs that are gone, and puts back what one was about to replace."""
+    for stage in _siblings(target, _PARTIAL):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            with open(stage / _LOCK, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stage)
+    for replaced in _siblings(target, _REPLACED):
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(target)
+
+
+def _siblings(target: Path, mark: str) -> list[Path]:
+    prefix = f".{target.name}{mark}"
+    return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]

@@ -1,0 +1,227 @@
+"""Prefill, steps, streams: what stops a row, what compiles, what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import (
+    PROMPT_LENGTHS,
+    config_values,
+    hf_weights,
+    left_padded,
+    params_of,
+    prompts,
+    tokens,
+)
+
+import phi3_jax as phi3
+from phi3_jax.generation import decoding
+from phi3_jax.generation.config import GenerationConfig
+from phi3_jax.generation.decoding import bucket, decode_loop, decode_step, prefill, stream
+
+
+@functools.cache
+def model_and_params(case: str):
+    config = phi3.Phi3Config(**config_values(case))
+    return phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, case))
+
+
+def generate(ids, mask=None, case="gqa", **settings):
+    settings.setdefault("eos_token_id", None)
+    return phi3.generate(*model_and_params(case), ids, mask, **settings).sequences
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 16, 17, 64, 65, 129, 4096, 4097)] == [
+        16, 16, 32, 64, 80, 160, 4096, 5120,
+    ]  # fmt: skip
+    assert all(n <= bucket(n) <= max(16 * -(-n // 16), 1.25 * n) for n in range(1, 9000))
+
+
+def test_steps_and_loop_choose_the_same():
+    ids, mask = left_padded(prompts())
+    settings = dict(max_new_tokens=9, do_sample=True, temperature=1.3, top_p=0.9, seed=3)
+    for case in ("gqa", "longrope"):
+        looped = generate(ids, mask, case, **settings)
+        steps = stream(*model_and_params(case), ids, mask, eos_token_id=None, **settings)
+        np.testing.assert_array_equal(np.stack(list(steps), axis=1), looped[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("case", ["longrope", "longrope_partial_tied"])
+def test_cache_across_the_line_is_that_of_a_fresh_prefill(case):
+    """Whatever each row's crossing was, no slot is left with short factors (traps 11, 12)."""
+    model, params = model_and_params(case)
+    ids, mask = left_padded(prompts(), 1)
+    request = decoding._request(
+        model, params, ids, mask, None, 0, None, {"max_new_tokens": 12, "eos_token_id": None}
+    )
+    request.start()
+    request.run()
+    sequences, cache = request.sequences, request.state.cache
+    whole = decoding._request(model, params, sequences[:, :-1], np.pad(mask, ((0, 0), (0, 11)),
+        constant_values=1), None, 0, None, {"max_new_tokens": 1})  # fmt: skip
+    whole.start()
+    used = int(cache.length)
+    assert used == int(whole.state.cache.length)
+    valid = np.asarray(cache.valid_BS)[None, :, :used, None, None]
+    for ours, fresh in (("k_LBSKH",) * 2, ("v_LBSKH",) * 2):
+        a, b = getattr(cache, ours)[:, :, :used], getattr(whole.state.cache, fresh)[:, :, :used]
+        np.testing.assert_allclose(a * valid, b * valid, rtol=1e-3, atol=1e-4)
+    assert request.state.long_B.all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    rows = prompts()
+    for settings in ({}, {"do_sample": True, "top_k": 20}):
+        together = generate(*left_padded(rows, 6), "longrope", max_new_tokens=8, **settings)
+        others = [rows[0], *prompts((3, 30, 2, 15))]
+        changed = generate(*left_padded(others), "longrope", max_new_tokens=8, **settings)
+        np.testing.assert_array_equal(together[0, -8:], changed[0, -8:])
+
+
+def test_end_tokens_stay_and_padding_follows():
+    """A list of ends, each row at its own (trap 35)."""
+    ids, mask = left_padded(prompts())
+    free = generate(ids, mask, max_new_tokens=12)[:, ids.shape[1] :]
+    first, second = int(free[0, 2]), int(free[1, 5])
+    ended = generate(ids, mask, max_new_tokens=12, eos_token_id=[first, second], pad_token_id=7)
+    for row, tail in zip(free, ended[:, ids.shape[1] :], strict=True):
+        stops = np.flatnonzero((row == first) | (row == second))
+        length = stops[0] + 1 if stops.size else len(row)
+        np.testing.assert_array_equal(tail[:length], row[: min(length, len(tail))])
+        assert (tail[length:] == 7).all()
+    assert any((row == first).any() for row in free)
+
+
+def test_generation_ends_when_every_row_has():
+    ids = tokens(1, 5)
+    free = generate(ids, max_new_tokens=20)
+    end = int(free[0, 8])
+    count = 1 + int(np.flatnonzero(free[0, 5:] == end)[0])
+    assert generate(ids, max_new_tokens=20, eos_token_id=end).shape == (1, 5 + count)
+
+
+def test_settings_are_laid_over_one_another():
+    model, params = model_and_params("gqa")
+    ids = tokens(1, 4)
+    folder = model.clone(generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=None))
+    length = lambda *args, **kw: phi3.generate(*args, **kw).sequences.shape[1] - 4  # noqa: E731
+    assert length(folder, params, ids) == 3
+    passed = GenerationConfig(max_new_tokens=5)
+    assert length(folder, params, ids, generation_config=passed) == 5
+    assert length(folder, params, ids, generation_config=passed, max_new_tokens=2) == 2
+    assert length(model, params, ids, max_length=10, eos_token_id=None) == 6
+    assert length(model, params, ids, eos_token_id=None) == 20
+
+
+def test_sampling_follows_its_seed():
+    ids = tokens(3, 4)
+    draw = lambda seed: generate(ids, max_new_tokens=10, do_sample=True, seed=seed)  # noqa: E731
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1) != draw(2)).any()
+    same = generate(np.repeat(ids[:1], 3, axis=0), max_new_tokens=10, do_sample=True)
+    assert (same[0] != same[1]).any(), "equal prompts must not give equal samples"
+
+
+def test_sampling_has_the_right_distribution():
+    """20,000 draws against the softmax, by a chi-square test."""
+    settings = decoding.Settings.of(
+        GenerationConfig(do_sample=True, temperature=0.8, top_k=5), vocab_size=8
+    )
+    logits = jnp.linspace(-1, 1, 8)
+    draw = jax.jit(lambda key: settings.choose(jnp.broadcast_to(logits, (1000, 8)), key))
+    drawn = np.concatenate([draw(jax.random.key(seed)) for seed in range(20)])
+    counts = np.bincount(drawn, minlength=8)
+    expected = 20000 * np.asarray(jax.nn.softmax(logits[3:] / 0.8))
+    assert counts[:3].sum() == 0
+    # 99.9 % of chi-square with 4 degrees of freedom
+    assert ((counts[3:] - expected) ** 2 / expected).sum() < 18.47
+
+
+def test_repetition_penalty_spares_padding():
+    ids, mask = left_padded(prompts())
+    strong = generate(ids, mask, max_new_tokens=12, repetition_penalty=1e6)
+    for row, keep in zip(strong, mask, strict=True):
+        new = row[ids.shape[1] :]
+        own = set(row[: ids.shape[1]][keep == 1].tolist())
+        assert len(set(new.tolist())) == 12 and not own & set(new.tolist())
+
+
+def test_nothing_compiles_while_decoding_or_for_another_length():
+    model, params = model_and_params("gqa")
+    new = dict(max_new_tokens=4, do_sample=True, temperature=2.0, max_cache_len=64)
+    run = lambda width, **kw: phi3.generate(  # noqa: E731
+        model, params, tokens(2, width), eos_token_id=None, **{**new, **kw}
+    )
+    list(stream(model, params, tokens(2, 3), **new))
+    run(3)
+    before = [f._cache_size() for f in (prefill, decode_step, decode_loop)]
+    run(7)
+    run(15, max_new_tokens=30, temperature=0.3, top_k=7, seed=9)
+    list(stream(model, params, tokens(2, 11), **new))
+    assert [f._cache_size() for f in (prefill, decode_step, decode_loop)] == before
+    run(17)  # the next bucket: one more prefill, no other step
+    assert [f._cache_size() for f in (prefill, decode_step, decode_loop)] == [
+        before[0] + 1, *before[1:],
+    ]  # fmt: skip
+
+
+def test_padding_is_inferred_unless_it_is_an_end():
+    rows = prompts()[:2]
+    ids, mask = left_padded(rows)
+    assert ids[0, 0] == 0
+    with_mask = generate(ids, mask, max_new_tokens=6)
+    np.testing.assert_array_equal(generate(ids, max_new_tokens=6, pad_token_id=0), with_mask)
+    not_inferred = generate(ids, max_new_tokens=6, pad_token_id=0, eos_token_id=[0, 96])
+    unmasked = generate(ids, np.ones_like(mask), max_new_tokens=6, eos_token_id=[0, 96])
+    np.testing.assert_array_equal(not_inferred, unmasked)
+
+
+@pytest.mark.parametrize(
+    "ids, settings, words",
+    [
+        ([[3, 97]], {}, "97, outside the vocabulary of 97"),
+        ([[3, -1]], {}, "-1, outside the vocabulary"),
+        ([3, 4], {}, "input_ids has shape"),
+        ([[]], {}, "at least one token"),
+        ([[0.5]], {}, "whole numbers"),
+        ([[3, 4]], {"attention_mask": [[1]]}, "attention_mask has shape"),
+        ([[3, 4]], {"attention_mask": [[1, 0]]}, "row 0 of the prompt has padding on the right"),
+        ([[3, 4]], {"attention_mask": [[0, 0]]}, "no token at all"),
+        ([[3, 4]], {"max_new_tokens": 7, "max_cache_len": 8}, "at most 6 new tokens"),
+        ([[3, 4]], {"max_length": 2}, "max_length is 2"),
+        ([[3, 4]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[3, 4]], {"temperature": 0.0}, "do_sample=False"),
+        ([[3, 4]], {"top_p": 1.5}, "top_p is 1.5"),
+        ([[3, 4]], {"max_new_token": 3}, "did you mean 'max_new_tokens'"),
+        ([[3, 4]], {"pad_token_id": 99}, "pad_token_id is 99"),
+        ([[3, 4]], {"num_beams": 4}, "'num_beams' is not supported"),
+    ],
+)
+def test_refused_before_anything_runs(ids, settings, words, monkeypatch):
+    monkeypatch.setattr(decoding, "prefill", None)
+    model, params = model_and_params("gqa")
+    with pytest.raises(ValueError, match=words):
+        phi3.generate(model, params, ids, **settings)
+    with pytest.raises(ValueError, match=words):
+        stream(model, params, ids, **settings)
+
+
+def test_folder_settings_that_are_not_here_are_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [2, 5], "num_beams": 4, "transformers_version": "4.39.3", "top_p": null}'
+    )
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert config.eos_token_ids == (2, 5) and config.top_p == 1.0
+    model, params = model_and_params("gqa")
+    with pytest.raises(ValueError, match="num_beams to 4, which is not supported"):
+        phi3.generate(model.clone(generation_config=config), params, [[3]])
+    config.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    assert again == config and again.extra["transformers_version"] == "4.39.3"
+
+
+def test_prompt_lengths_cover_the_line():
+    assert min(PROMPT_LENGTHS) < 16 < max(PROMPT_LENGTHS) and 16 in PROMPT_LENGTHS

@@ -1,0 +1,183 @@
+"""Phi3Config: both forms of config.json, every family member, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from reference import BASE, LONGROPE, PARTIAL_LONGROPE
+
+import phi3_jax as phi3
+from phi3_jax.config import ACTIVATIONS
+from phi3_jax.model import ACTIVATION_FUNCTIONS
+from phi3_jax.rope import attention_factor
+
+FAMILY = {
+    # name: layers, heads, kv heads, head dim, rotated dims, window, vocabulary, tied
+    "phi-3-mini-4k-instruct": (32, 32, 32, 96, 96, 2047, 32064, False),
+    "phi-3-medium-4k-instruct": (40, 40, 10, 128, 128, 2047, 32064, False),
+    "phi-3.5-mini-instruct": (32, 32, 32, 96, 96, 262144, 32064, False),
+    "phi-4": (40, 40, 10, 128, 128, None, 100352, False),
+    "phi-4-mini-instruct": (32, 24, 8, 128, 96, 262144, 200064, True),
+}
+OLD_LONGROPE = {"type": "longrope", **{k: LONGROPE[k] for k in ("short_factor", "long_factor")}}
+
+
+def small(**changes) -> phi3.Phi3Config:
+    return phi3.Phi3Config(**{**BASE, **changes})
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_presets(name):
+    config = phi3.Phi3Config.preset(name)
+    assert FAMILY[name] == (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.rotary_dim,
+        config.sliding_window,
+        config.vocab_size,
+        config.tie_word_embeddings,
+    )
+    assert config == phi3.Phi3Config.preset(name.removesuffix("-instruct"))
+    assert hash(config) == hash(phi3.Phi3Config.from_dict(config.to_dict()))
+
+
+def test_unknown_preset_names_the_known():
+    with pytest.raises(ValueError, match="'phi-5'; there are .*phi-3-mini-4k-instruct, .*phi-4"):
+        phi3.Phi3Config.preset("phi-5")
+
+
+def test_round_trip_keeps_unknown_keys(tmp_path):
+    config = phi3.Phi3Config.preset("phi-4-mini-instruct")
+    assert config.extra["interpolate_factor"] == 1 and config.extra["full_attn_mod"] == 1
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["interpolate_factor"] == 1 and saved["lm_head_bias"] is False
+    assert saved["rope_parameters"]["rope_type"] == "longrope"
+    assert isinstance(saved["rope_parameters"]["long_factor"], list)
+    assert phi3.Phi3Config.from_pretrained(tmp_path) == config
+
+
+def test_old_and_new_form_agree():
+    old = small(rope_scaling=OLD_LONGROPE, rope_theta=5000.0, partial_rotary_factor=1.0)
+    new = small(rope_parameters={**LONGROPE, "rope_theta": 5000.0})
+    assert old == new and old.rope_theta == 5000.0
+
+
+def test_default_rope_keeps_theta_and_partial_factor():
+    config = small(rope_theta=250000, partial_rotary_factor=0.5, rope_scaling=None)
+    assert config.rope_parameters["rope_theta"] == 250000
+    assert (config.rotary_dim, config.is_longrope) == (4, False)
+
+
+def test_su_is_longrope():
+    su = small(rope_scaling={**OLD_LONGROPE, "type": "su"})
+    assert su == small(rope_scaling=OLD_LONGROPE)
+    assert attention_factor(su) == attention_factor(small(rope_parameters=LONGROPE))
+
+
+def test_yarn_keeps_the_original_codes_factor():
+    """0.1 ln s + 1 = 1.346574 at s = 32, where longrope has 1.190238 (trap 16)."""
+    real = phi3.Phi3Config.preset("phi-3.5-mini")
+    assert attention_factor(real) == pytest.approx(1.190238, abs=1e-6)
+    yarn = {**real.to_dict(), "rope_parameters": {**real.rope_parameters, "rope_type": "yarn"}}
+    config = phi3.Phi3Config.from_dict(yarn)
+    assert attention_factor(config) == pytest.approx(1.346574, abs=1e-6)
+    # what is saved says so itself, so that it means the same to whoever reads it next
+    assert config.to_dict()["rope_parameters"]["rope_type"] == "longrope"
+    assert attention_factor(phi3.Phi3Config.from_dict(config.to_dict())) == attention_factor(config)
+
+
+def test_factor_and_attention_factor_are_honoured():
+    assert attention_factor(small(rope_parameters={**LONGROPE, "attention_factor": 1.5})) == 1.5
+    wide = small(rope_parameters={**LONGROPE, "factor": 2.0}, max_position_embeddings=9999)
+    assert attention_factor(wide) == pytest.approx((1 + 0.6931472 / 2.7725887) ** 0.5)
+    equal = small(rope_parameters=LONGROPE, max_position_embeddings=16)
+    assert attention_factor(equal) == 1.0
+
+
+def test_outer_original_max_wins():
+    """(trap 17)"""
+    rope = {**LONGROPE, "original_max_position_embeddings": 99}
+    config = small(rope_parameters=rope, original_max_position_embeddings=16)
+    assert config.rope_parameters["original_max_position_embeddings"] == 16
+
+
+def test_config_is_frozen_and_replaceable():
+    config = small(rope_parameters=LONGROPE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden_size = 1
+    deeper = dataclasses.replace(config, num_hidden_layers=9)
+    assert deeper.num_hidden_layers == 9 and deeper.rope_parameters == config.rope_parameters
+
+
+def test_lists_of_end_tokens():
+    config = small(eos_token_id=[2, 5])
+    assert config.eos_token_ids == (2, 5)
+    assert config.to_dict()["eos_token_id"] == [2, 5]
+    assert small(eos_token_id=None).eos_token_ids == ()
+
+
+def test_activations_have_functions():
+    assert set(ACTIVATIONS) == set(ACTIVATION_FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_size": "64"}, ["hidden_size", "'64'", "int"]),
+        ({"hidden_size": 0}, ["hidden_size is 0", "at least 1"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers", "True", "int"]),
+        ({"attention_dropout": 1.0}, ["attention_dropout", "[0, 1)"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps", "above 0"]),
+        ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "bool"]),
+        ({"hidden_act": "swiglu"}, ["hidden_act", "'swiglu'", "silu"]),
+        ({"sliding_window": 0}, ["sliding_window is 0", "at least 1"]),
+        ({"eos_token_id": [2, "x"]}, ["eos_token_id"]),
+        ({"num_attention_heads": 5}, ["48", "5", "4 or 6 heads", "head_dim"]),
+        ({"num_key_value_heads": 4}, ["6", "4", "3 or 6 key-value heads"]),
+        ({"pad_token_id": 97}, ["pad_token_id is 97", "97", "None"]),
+        ({"rope_parameters": {**LONGROPE, "rope_type": "llama3"}}, ["'llama3'", "longrope"]),
+        ({"rope_parameters": OLD_LONGROPE | {"type": None}}, ["short_factor", "no rope_type"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["needs short_factor", "4 numbers"]),
+        ({"rope_parameters": {**LONGROPE, "long_factor": [1.0]}}, ["long_factor has 1", "4"]),
+        ({"rope_parameters": {**LONGROPE, "long_factor": [1, 1, 0, 1]}}, ["long_factor[2]", "0"]),
+        ({"rope_parameters": {**LONGROPE, "short_factor": 3}}, ["short_factor is 3", "list"]),
+        ({"rope_parameters": {**LONGROPE, "factor": -1}}, ["factor is -1"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "(0, 1]"]),
+        ({"partial_rotary_factor": 0.4}, ["rotates 3", "even"]),
+        ({"rope_theta": "x"}, ["rope_theta", "'x'"]),
+    ],
+)
+def test_refused(changes, words):
+    with pytest.raises(ValueError) as error:
+        small(**changes)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_factor_lengths_count_rotated_dimensions():
+    """Half of head_dim times the partial factor, not of head_dim (trap 44)."""
+    assert small(rope_parameters=PARTIAL_LONGROPE, num_key_value_heads=3).rotary_dim == 6
+    with pytest.raises(ValueError, match="short_factor has 4 numbers, expected 3"):
+        small(rope_parameters={**LONGROPE, "partial_rotary_factor": 0.75})
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="model_type is 'phi3small'"):
+        phi3.Phi3Config.from_dict({"model_type": "phi3small"})
+
+
+@pytest.mark.parametrize(
+    "text, words", [("{", "is not JSON"), ("[]", "list"), ('{"hidden_size": -1}', "config.json")]
+)
+def test_broken_files_are_named(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        phi3.Phi3Config.from_pretrained(tmp_path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        phi3.Phi3Config.from_pretrained(tmp_path)

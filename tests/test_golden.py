@@ -1,0 +1,129 @@
+"""The model against numbers that transformers made (golden/make_golden.py records how)."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from reference import CASES, LENGTHS, config_values, hf_weights, left_padded, params_of, prompts
+from reference import tokens as some_tokens
+
+import phi3_jax as phi3
+from phi3_jax.generation.config import GenerationConfig
+from phi3_jax.generation.processors import Settings, repetition_penalty
+from phi3_jax.model import RMSNorm
+from phi3_jax.rope import apply_rope, inverse_frequencies, rope_tables
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = np.load(GOLDEN / "model.npz")
+PARTS = np.load(GOLDEN / "parts.npz")
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request):
+    config = phi3.Phi3Config(**config_values(request.param))
+    params = params_of(config, hf_weights(config, request.param))
+    return request.param, phi3.Phi3ForCausalLM(config), params
+
+
+def relative(ours, reference):
+    return np.abs(np.asarray(ours) - reference).max() / np.abs(reference).max()
+
+
+def test_versions_are_recorded():
+    for golden in (MODEL, PARTS):
+        assert json.loads(str(golden["versions"]))["transformers"] == "5.23.0"
+
+
+def test_logits_and_loss(case):
+    name, model, params = case
+    apply = jax.jit(lambda ids: model.apply({"params": params}, ids, labels=ids))
+    for length in LENGTHS:
+        out = apply(some_tokens(2, length))
+        assert relative(out.logits, MODEL[f"{name}/logits/{length}"]) < 1e-4, length
+        if length > 1:
+            assert abs(out.loss - MODEL[f"{name}/loss/{length}"]) < 1e-5, length
+
+
+@pytest.mark.parametrize("pads", [0, 1, 6])
+def test_greedy_equals_the_forward_without_cache(case, pads):
+    """Rows of unequal length, across the longrope line, whatever their padding (traps 11-13)."""
+    name, model, params = case
+    ids, mask = left_padded(prompts(), pads)
+    golden = MODEL[f"{name}/greedy"]
+    result = phi3.generate(
+        model, params, ids, mask, max_new_tokens=golden.shape[1], eos_token_id=None
+    )
+    np.testing.assert_array_equal(result.sequences[:, : ids.shape[1]], ids)
+    np.testing.assert_array_equal(result.sequences[:, ids.shape[1] :], golden)
+
+
+def bfloat16(bits):
+    return bits.view(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rms_norm_is_bit_equal_in_bfloat16(compiled):
+    """The weight multiplies after the cast (trap 5); 10,000 values."""
+    config = phi3.Phi3Config(rms_norm_eps=1e-5)
+    norm = RMSNorm(config, param_dtype=jnp.bfloat16)
+    variables = {"params": {"weight": jnp.asarray(bfloat16(PARTS["norm/weight"]))}}
+    apply = jax.jit(norm.apply) if compiled else norm.apply
+    out = np.asarray(apply(variables, jnp.asarray(bfloat16(PARTS["norm/x"]))))
+    np.testing.assert_array_equal(out.view(np.uint16), PARTS["norm/out"])
+
+
+def test_rms_norm_epsilon():
+    """1e-5, which inputs of 1e-3 feel (trap 6)."""
+    norm = RMSNorm(phi3.Phi3Config(), param_dtype=jnp.float32)
+    out = norm.apply({"params": {"weight": jnp.ones(100)}}, jnp.asarray(PARTS["norm/small"]))
+    np.testing.assert_allclose(out, PARTS["norm/small_out"], rtol=1e-5)
+
+
+def test_tables_are_the_references():
+    config = phi3.Phi3Config(**config_values("longrope"))
+    tables = rope_tables(config, 500)
+    for ours, name in zip(tables, ("short/cos", "short/sin", "long/cos", "long/sin"), strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, PARTS[f"rope/{name}"], rtol=0, atol=3e-7, err_msg=name)
+
+
+def test_cos_is_cast_after_its_scaling():
+    """bfloat16 cos and sin equal torch's bit for bit (trap 8)."""
+    config = phi3.Phi3Config(**config_values("longrope"))
+    tables = rope_tables(config, 500)
+    for ours, name in ((tables.long_cos_PR, "cos"), (tables.long_sin_PR, "sin")):
+        bits = ours.astype(ml_dtypes.bfloat16).view(np.uint16)
+        np.testing.assert_array_equal(bits, PARTS[f"rope/bf16/{name}"])
+    # and that is the cast that apply_rope makes
+    pairs = len(inverse_frequencies(config))
+    x = jnp.ones((1, 500, 1, 1, 2 * pairs), jnp.bfloat16)
+    zeros = jnp.zeros((1, 500, pairs))
+    rotated = apply_rope(x, jnp.asarray(tables.long_cos_PR)[None], zeros)
+    bits = np.asarray(rotated)[0, :, 0, 0, :pairs].view(np.uint16)
+    np.testing.assert_array_equal(bits, PARTS["rope/bf16/cos"])
+
+
+@pytest.mark.parametrize("name", [k for k in PARTS.files if k.startswith("warp/") and "=" in k])
+def test_processors_follow_the_reference(name):
+    """Ties, order and extremes as in the reference's classes (trap 37)."""
+    settings = {"top_k": None}
+    for part in name.removeprefix("warp/").split(","):
+        key, _, value = part.partition("=")
+        settings[key] = int(value) if key == "top_k" else float(value)
+    config = GenerationConfig(do_sample=True, **settings)
+    ours = Settings.of(config, vocab_size=50).process(jnp.asarray(PARTS["warp/logits"]))
+    np.testing.assert_allclose(ours, PARTS[name], rtol=1e-6)
+
+
+def test_repetition_penalty_follows_the_reference():
+    """Once an id, no left padding, negative scores multiplied (trap 38)."""
+    ids, mask = PARTS["penalty/ids"], PARTS["penalty/mask"]
+    seen = np.zeros((6, 50), bool)
+    rows, columns = np.nonzero(mask)
+    seen[rows, ids[rows, columns]] = True
+    ours = repetition_penalty(jnp.asarray(PARTS["warp/logits"]), seen, 1.3)
+    np.testing.assert_allclose(ours, PARTS["penalty/1.3"], rtol=1e-6)

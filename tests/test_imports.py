@@ -1,0 +1,96 @@
+"""Doors open one way, and the library needs neither torch nor transformers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# What each module may import of this repository: itself apart, only what stands before it here.
+ORDER = [
+    {"phi3_jax.config", "phi3_jax.folder", "phi3_jax.safetensors_files"},
+    {"phi3_jax.generation.config"},
+    {"phi3_jax.rope", "phi3_jax.sharding"},
+    {"phi3_jax.attention", "phi3_jax.cache"},
+    {"phi3_jax.model"},
+    {"phi3_jax.hf_format", "phi3_jax.checkpoint", "phi3_jax.generation"},
+    {"phi3_jax.text"},
+    {"phi3_jax.cli"},
+    {"convert", "train"},
+]
+FORBIDDEN = {"torch", "transformers"}
+
+
+def rank(module: str) -> int:
+    """The place of the longest name in ORDER that a module is, or is inside of."""
+    places = {name: place for place, names in enumerate(ORDER) for name in names}
+    while module not in places:
+        assert "." in module, f"{module} has no place in ORDER"
+        module = module.rpartition(".")[0]
+    return places[module]
+
+
+def modules():
+    for package in ("phi3_jax", "convert", "train", "configs"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module)
+    return names
+
+
+def test_doors_open_one_way():
+    wrong = []
+    for module, tree in modules():
+        if module in ("phi3_jax", "configs"):  # the front door imports on first use
+            continue
+        for name in imported(tree):
+            top = name.partition(".")[0]
+            if name == "phi3_jax" or top not in ("phi3_jax", "convert", "train"):
+                continue
+            sibling = top in ("convert", "train") and top != module.partition(".")[0]
+            if rank(name) > rank(module) or sibling:
+                wrong.append(f"{module} imports {name}")
+    assert not wrong, wrong
+
+
+def test_nothing_imports_the_reference():
+    found = [
+        f"{module} imports {name}"
+        for module, tree in modules()
+        for name in imported(tree)
+        if name.partition(".")[0] in FORBIDDEN
+    ]
+    assert not found, found
+
+
+def test_every_public_name_loads_without_torch_and_transformers():
+    script = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ModuleNotFoundError(f"no module named {name!r}")
+sys.meta_path.insert(0, Refuse())
+import phi3_jax
+for name in phi3_jax.__all__:
+    getattr(phi3_jax, name)
+import convert.cli, phi3_jax.cli
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_importing_the_package_loads_no_compiler():
+    script = "import sys, phi3_jax; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

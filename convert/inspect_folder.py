@@ -24,21 +24,19 @@ def inspect_folder(source: str | Path) -> tuple[str, list[str]]:
     if kind == "hf":
         files = SafetensorsFolder(folder)
         problems += files.problems
-        names = {dtype: known.name for dtype, known in DTYPES.items()}
         rows = [
-            (name, entry.shape, names.get(entry.dtype, entry.dtype), entry.nbytes)
+            (name, entry.shape, DTYPES.get(entry.dtype, entry.dtype), entry.nbytes)
             for name, entry in files.entries.items()
         ]
     else:
         # Not at the top: a look at safetensors need not wait for JAX.
-        from phi3_jax.checkpoint import orbax_leaves
+        from phi3_jax.checkpoint import leaf_of, open_arrays
 
-        rows = [
-            (".".join(path), leaf.shape, leaf.dtype.name, leaf.nbytes)
-            for path, leaf in orbax_leaves(folder).items()
-        ]
+        arrays, problems = open_arrays(folder)
+        leaves = {".".join(path): leaf_of(array) for path, array in arrays.items()}
+        rows = [(name, *leaf, leaf.nbytes) for name, leaf in leaves.items()]
     lines = [f"{folder}: {'safetensors' if kind == 'hf' else 'converted (Orbax)'}", ""]
-    cells = [(name, str(list(shape)), dtype, f"{size:,}") for name, shape, dtype, size in rows]
+    cells = [(name, str(list(shape)), str(dtype), f"{size:,}") for name, shape, dtype, size in rows]
     widths = [max((len(row[column]) for row in cells), default=0) for column in range(4)]
     for name, shape, dtype, size in cells:
         lines.append(

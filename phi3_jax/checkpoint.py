@@ -5,6 +5,7 @@ that plain Orbax restores as well. Its leaves are the stacked, unsharded ones of
 any mesh can load it. This is the only file that knows Orbax, and how its files are laid out.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,15 @@ _READERS = 4
 # --- The converted format --------------------------------------------------------------------
 
 
-def _array_spec(params_folder: Path, path: LeafPath) -> dict[str, Any]:
-    """The TensorStore spec with which Orbax opens a leaf."""
+def _store(params_folder: Path, inside: str) -> dict[str, Any]:
+    """The TensorStore spec of the key-value store in which Orbax keeps all arrays."""
     base = {"driver": "file", "path": f"{params_folder.resolve()}/state/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-    return {"driver": "zarr3", "kvstore": kvstore}
+    return {"driver": "ocdbt", "base": base, "path": inside}
+
+
+def _array(params_folder: Path, name: str) -> dict[str, Any]:
+    """The TensorStore spec with which Orbax opens a leaf."""
+    return {"driver": "zarr3", "kvstore": _store(params_folder, f"{name}/")}
 
 
 class OrbaxWriter:
@@ -55,10 +60,15 @@ class OrbaxWriter:
         params_folder = (folder / PARAMS_FOLDER).absolute()
         placeholders = {path: np.zeros((1,), leaf.dtype) for path, leaf in leaves.items()}
         orbax.save(str(params_folder), unflatten_dict(placeholders), custom_metadata=_FORMAT)
+        settings = {
+            # Zeros are data too: nothing is left out, so that what is missing is an error.
+            "store_data_equal_to_fill_value": True,
+            # Once at the end, by `staged_folder`, not after every layer.
+            "context": {"file_io_sync": False},
+        }
         self._arrays = {
             path: tensorstore.open(
-                # Zeros are data too: nothing is left out, so that what is missing is an error.
-                _array_spec(params_folder, path) | {"store_data_equal_to_fill_value": True},
+                _array(params_folder, ".".join(path)) | settings,
                 create=True,
                 delete_existing=True,
                 dtype=tensorstore.dtype(leaf.dtype.name),
@@ -86,24 +96,47 @@ def _chunk_shape(axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size // pieces.get(axis, 1) for axis, size in zip(axes, shape, strict=True))
 
 
-def orbax_leaves(folder: Path) -> dict[LeafPath, Leaf]:
-    """What a converted folder holds, whether that is a whole model or not.
+def open_arrays(folder: Path) -> tuple[dict[LeafPath, tensorstore.TensorStore], list[str]]:
+    """The arrays in a converted folder, of a whole model or not; no data is read.
+
+    Returns:
+      path -> array, and one line for each that cannot be opened.
 
     Raises:
       ValueError: where it is no checkpoint, or one of another format or version.
     """
-    params_folder = (folder / PARAMS_FOLDER).absolute()
+    params_folder = folder / PARAMS_FOLDER
     try:
-        metadata = orbax.metadata(str(params_folder))
-        found = flatten_dict(metadata.metadata)
-    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
-        raise ValueError(f"{str(params_folder)!r} is not a checkpoint: {error}") from error
-    if metadata.custom_metadata != _FORMAT:
+        metadata = json.loads((params_folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
+        written = metadata["custom_metadata"]
+        keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(params_folder)!r} is not a checkpoint: {_brief(error)}") from error
+    if written != _FORMAT:
         raise ValueError(
-            f"{str(params_folder)!r} has the format {metadata.custom_metadata}, this version of "
-            f"the library reads {_FORMAT}; convert the original weights again"
+            f"{str(params_folder)!r} has the format {written}, this version of the library reads "
+            f"{_FORMAT}; convert the original weights again"
         )
-    return {path: Leaf(tuple(a.shape), np.dtype(a.dtype)) for path, a in found.items()}
+    arrays, problems = {}, []
+    for key in keys:
+        name, _, file = key.decode().partition("/")
+        if file == "zarr.json":
+            try:
+                array = tensorstore.open(_array(params_folder, name), open=True).result()
+                arrays[tuple(name.split("."))] = array
+            except ValueError as error:
+                problems.append(f"{name}: {_brief(error)}")
+    return arrays, problems
+
+
+def _brief(error: Exception) -> str:
+    """An error without the spec that TensorStore adds to it."""
+    return str(error).partition(" [tensorstore_spec=")[0]
+
+
+def leaf_of(array: tensorstore.TensorStore) -> Leaf:
+    """What a stored array is."""
+    return Leaf(tuple(array.shape), array.dtype.numpy_dtype)
 
 
 class OrbaxWeights:
@@ -119,20 +152,22 @@ class OrbaxWeights:
 
     def __init__(self, folder: Path, config: Phi3Config):
         self.table = WeightTable(config)
-        self.leaves = orbax_leaves(folder)
-        problems = self.table.differences(self.leaves)
-        raise_problems(f"the weights in {str(folder)!r}", problems)
-        params_folder = (folder / PARAMS_FOLDER).absolute()
-        self._arrays = {
-            path: tensorstore.open(_array_spec(params_folder, path), open=True).result()
-            for path in self.leaves
-        }
+        self._folder = folder
+        self._arrays, problems = open_arrays(folder)
+        self.leaves = {path: leaf_of(array) for path, array in self._arrays.items()}
+        # What is there and does not open is not missing besides.
+        differences = [] if problems else self.table.differences(self.leaves)
+        raise_problems(f"the weights in {str(folder)!r}", problems + differences)
 
     def read(self, path: LeafPath, layer: int | None, index: Any = ()) -> np.ndarray:
         """One layer of a leaf, or the part of it at `index`."""
         array = self._arrays[path]
         part = array[index] if layer is None else array[(layer, *index)]
-        return part.read().result()
+        try:
+            return part.read().result()
+        except ValueError as error:
+            place = f"{'.'.join(path)} in {str(self._folder)!r}"
+            raise ValueError(f"{place} cannot be read: {_brief(error)}") from error
 
 
 Weights = HFWeights | OrbaxWeights

@@ -78,14 +78,14 @@ def load_generator(model: str | None, dtype: str, cache_length: int | None):
     import jax
 
     import phi3_jax as phi3
-    from phi3_jax.folder import resolve_folder
+    from phi3_jax.folder import find_folder
 
     if model is None:
         say(
             "No --model given: using the embedded phi3-tiny-demo, a very small model for trying "
             "things out. It is not Phi-3."
         )
-    folder = EMBEDDED_MODEL if model is None else resolve_folder(model)
+    folder = EMBEDDED_MODEL if model is None else find_folder(model)
     mesh = phi3.make_mesh() if jax.device_count() > 1 else None
     stored = None if dtype == "auto" else dtype
     network, params = phi3.from_pretrained(folder, dtype=stored, mesh=mesh)
@@ -94,7 +94,9 @@ def load_generator(model: str | None, dtype: str, cache_length: int | None):
 
 
 def generation_settings(
-    max_new_tokens: int | None, temperature: float | None, top_p: float | None
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
 ) -> dict[str, Any]:
     """The settings that the options ask for; what is not given is left to the folder."""
     settings: dict[str, Any] = {}
@@ -257,7 +259,11 @@ def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) 
     elif name == "set":
         key, _, value = argument.partition("=")
         try:
-            changed = {**settings, key.strip(): _value(value.strip())}
+            key, value = key.strip(), _value(value.strip())
+            by_option = key in ("max_new_tokens", "temperature", "top_p")
+            changed = settings | (
+                generation_settings(**{key: value}) if by_option else {key: value}
+            )
             GenerationConfig(**changed)
         except ValueError as error:
             say(f"error: {error}")

@@ -125,6 +125,7 @@ def staged_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
     with lock:
         try:
             yield stage
+            _flush(stage)
             _check_replaceable(target, force)
             replaced = target.with_name(f".{target.name}{_REPLACED}{secrets.token_hex(4)}")
             if target.exists():
@@ -152,6 +153,17 @@ def _check_replaceable(target: Path, force: bool) -> None:
             f"{str(target)!r} exists and is not a model folder, so it is not replaced; "
             "remove it, or choose another name"
         ) from None
+
+
+def _flush(folder: Path) -> None:
+    """Waits until all is on the disk; a rename that gets there first would show a half folder."""
+    for place, _, files in os.walk(folder):
+        for name in (*files, "."):
+            handle = os.open(os.path.join(place, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def _new_stage(target: Path):

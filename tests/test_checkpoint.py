@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from reference import params_of
 import phi3_jax as phi3
 from convert.to_orbax import to_orbax
 from phi3_jax import checkpoint
-from phi3_jax.checkpoint import OrbaxWeights, from_pretrained, save_pretrained
+from phi3_jax.checkpoint import from_pretrained, save_pretrained
 from phi3_jax.config import Phi3Config
 from phi3_jax.sharding import abstract_params, make_mesh
 
@@ -94,18 +95,36 @@ def test_all_differences_to_the_config_come_in_one_message(folders, tmp_path):
     ]
 
 
-def test_lost_data_is_an_error_not_zeros(folders, tmp_path):
+def test_truncated_data_is_an_error_not_zeros(folders, tmp_path):
+    """Whichever file it is, but for those that newer ones replaced while writing."""
     shutil.copytree(folders[0] / "orbax", tmp_path / "m")
-    config = Phi3Config.from_pretrained(tmp_path / "m")
-    data = sorted(
-        (tmp_path / "m" / "params" / "state" / "d").iterdir(), key=lambda f: -f.stat().st_size
-    )
-    data[0].unlink()
-    with pytest.raises(ValueError):
+    messages = []
+    files = (tmp_path / "m" / "params" / "state" / "d").iterdir()
+    for file in sorted(files, key=lambda file: file.stat().st_size)[-6:]:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        try:
+            assert_same(from_pretrained(tmp_path / "m", dtype=None)[1], expected_params(folders))
+        except ValueError as error:
+            messages.append(str(error))
+        file.write_bytes(content)
+    assert all("OUT_OF_RANGE" in message for message in messages)
+    assert any("weight in " in message and "cannot be read" in message for message in messages)
+    assert not any("tensorstore_spec" in message for message in messages)
+
+
+def test_what_is_no_checkpoint_is_said(folders, tmp_path):
+    shutil.copytree(folders[0] / "orbax", tmp_path / "m")
+    state = tmp_path / "m" / "params" / "state"
+    shutil.rmtree(state / "d")
+    with pytest.raises(ValueError, match="'.*/m/params' is not a checkpoint: NOT_FOUND"):
         from_pretrained(tmp_path / "m")
-    shutil.rmtree(tmp_path / "m" / "params" / "state")
-    with pytest.raises(ValueError, match="is not a checkpoint"):
-        OrbaxWeights(tmp_path / "m", config)
+    shutil.rmtree(state)
+    with pytest.raises(ValueError, match="9 problems with(.|\n)*model.norm.weight: missing"):
+        from_pretrained(tmp_path / "m")
+    (state.parent / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(ValueError, match="is not a checkpoint: 'custom_metadata'"):
+        from_pretrained(tmp_path / "m")
 
 
 def test_zeros_keep_their_sign(tmp_path):
@@ -256,8 +275,6 @@ assert phi3.Phi3Config.from_pretrained(target).hidden_size == 48
 
 @pytest.mark.slow
 def test_two_processes_load_and_save_together(folders, tmp_path):
-    import socket
-
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

@@ -154,7 +154,9 @@ assert "jax" not in sys.modules
 """
     root = Path(__file__).parent.parent
     ran = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    files = [safetensors.numpy.load_file(f) for f in sorted((tmp_path / "model").glob("*.safetensors"))]
+    files = [
+        safetensors.numpy.load_file(f) for f in sorted((tmp_path / "model").glob("*.safetensors"))
+    ]
     stored = next(file[QKV_1] for file in files if QKV_1 in file)
     assert ran.stdout.split() == [str(stored.view("u2").astype("u8").sum()), "bfloat16"], ran.stderr
 

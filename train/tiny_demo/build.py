@@ -11,7 +11,9 @@ import argparse
 import io
 import itertools
 import json
+import shutil
 import string
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,7 +34,7 @@ from phi3_jax.folder import staged_folder
 from phi3_jax.model import IGNORED_LABEL
 from train.tiny_demo.tasks import KINDS, Chat, held_out_chats, training_chats
 
-STEPS = 3000
+STEPS = 1600
 PEAK_LEARNING_RATE = 4e-3
 # Chats are padded to the next of these widths, and a batch holds chats of one width: few programs
 # to compile, and little padding.
@@ -329,9 +331,10 @@ def build(out: Path, steps: int, force: bool = False) -> None:
     Raises:
       FileExistsError: where the folder exists, without force.
     """
-    with staged_folder(out, force) as stage:
-        write_tokenizer(stage)
-        tokenizer = phi3.Tokenizer.from_pretrained(stage)
+    with staged_folder(out, force) as stage, tempfile.TemporaryDirectory() as work:
+        parts = Path(work)
+        write_tokenizer(parts)
+        tokenizer = phi3.Tokenizer.from_pretrained(parts)
         model = new_model()
         start = time.perf_counter()
         params, losses = train(model, tokenizer, steps)
@@ -339,12 +342,10 @@ def build(out: Path, steps: int, force: bool = False) -> None:
         rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
         # What is graded is what is shipped.
         right, asked = grade(model, rounded, tokenizer, held_out_chats())
-        phi3.save_pretrained(stage / "model", model, rounded)
-        for file in (stage / "model").iterdir():
-            file.rename(stage / file.name)
-        (stage / "model").rmdir()
-        text = card(model, right, asked, losses, seconds)
-        (stage / "README.md").write_text(text)
+        phi3.save_pretrained(parts / "model", model, rounded)
+        for file in (*parts.glob("tokenizer*"), *(parts / "model").iterdir()):
+            shutil.move(file, stage)
+        (stage / "README.md").write_text(card(model, right, asked, losses, seconds))
     print(f"{right.total()} of {asked.total()} held-out answers are right; wrote {out}")
 
 

@@ -88,7 +88,7 @@ def capital(rng: random.Random) -> Question:
         return _closed(rng, "capital", wordings, country, answer, city)
     wordings = [
         "Which country has the capital {}?",
-        "{} is the capital of which country?",
+        "Name the country whose capital is {}.",
         "Of which country is {} the capital?",
     ]
     return _closed(rng, "country", wordings, city, answer, country)
@@ -135,7 +135,9 @@ def counting(rng: random.Random) -> Question:
 
 
 def addition(rng: random.Random) -> Question:
-    left, right = rng.randrange(31), rng.randrange(31)
+    left, right = rng.randrange(91), rng.randrange(10)
+    if rng.random() < 0.3:
+        left, right = right, left
     text = rng.choice(
         ["What is {} + {}?", "How much is {} + {}?", "Calculate {} + {}.", "Add {} and {}."]
     )
@@ -148,13 +150,14 @@ def addition(rng: random.Random) -> Question:
 
 
 def subtraction(rng: random.Random) -> Question:
-    small, large = sorted((rng.randrange(31), rng.randrange(31)))
+    right = rng.randrange(10)
+    left = rng.randint(right, 90)
     text = rng.choice(["What is {} - {}?", "How much is {} - {}?", "Calculate {} - {}."])
     return Question(
-        ("subtraction", large, small),
-        text.format(large, small),
-        f"{large} - {small} = {large - small}.",
-        str(large - small),
+        ("subtraction", left, right),
+        text.format(left, right),
+        f"{left} - {right} = {left - right}.",
+        str(left - right),
     )
 
 

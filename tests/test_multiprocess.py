@@ -1,0 +1,66 @@
+"""Two real processes with four devices each load one folder and generate together."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import config_values, hf_weights, left_padded, params_of, prompts
+
+import phi3_jax as phi3
+
+ROOT = Path(__file__).parent.parent
+
+WORKER = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_default_matmul_precision", "highest")
+process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
+import phi3_jax as phi3
+from reference import left_padded, prompts
+assert jax.device_count() == 8 and jax.local_device_count() == 4
+mesh = phi3.make_mesh(data=1, fsdp=2, tensor=4)
+model, params = phi3.from_pretrained(folder, mesh=mesh)
+ids, mask = left_padded(prompts())
+result = phi3.generate(model, params, ids, mask, max_new_tokens=6, eos_token_id=None)
+print("RESULT", json.dumps(result.sequences.tolist()), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["longrope", "mha_window"])
+def test_two_processes_generate_what_one_does(case, tmp_path):
+    config = phi3.Phi3Config(**config_values(case))
+    model, params = phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, case))
+    phi3.save_pretrained(tmp_path / "model", model, params)
+    ids, mask = left_padded(prompts())
+    expected = phi3.generate(model, params, ids, mask, max_new_tokens=6, eos_token_id=None)
+
+    port = str(free_port())
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(process), port, str(tmp_path / "model")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": ""},
+        )
+        for process in range(2)
+    ]
+    for worker in workers:
+        out, err = worker.communicate(timeout=300)
+        assert worker.returncode == 0, err
+        line = next(line for line in out.splitlines() if line.startswith("RESULT "))
+        np.testing.assert_array_equal(json.loads(line[7:]), expected.sequences)

@@ -1,0 +1,83 @@
+"""Every command and every block of code in the README runs."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = ROOT / "phi3_jax" / "tiny_demo"
+# The two commands that set everything up; CI runs them as they stand.
+SETUP = {'bash scripts/demo.sh "What is the capital of France?"', "bash scripts/test.sh"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A working folder in which the names that the README uses are the demo model."""
+    for name in ("Phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-4k-instruct"):
+        shutil.copytree(DEMO, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The package's commands on the PATH, whether it is installed or not."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, entry in scripts.items():
+        module, function = entry.split(":")
+        command = bin_folder / name
+        command.write_text(
+            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"from {module} import {function}\n{function}()\n"
+        )
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_folder), prepend=":")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def test_python_blocks_run_in_order(folders, capsys):
+    space: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), space)
+    assert "Paris" in capsys.readouterr().out
+    assert space["result"].sequences.shape[0] == 2 and space["out"].loss > 0
+    assert (folders / "my-phi3" / "config.json").is_file()
+
+
+def test_commands_run_in_order(folders, commands):
+    setup, lines = [block.splitlines() for block in blocks("sh")]
+    assert set(setup) == SETUP
+    output = ""
+    for line in lines:
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        output += done.stdout + done.stderr
+    assert "tokens/s" in output and "bit-equal" in output or "equal" in output
+
+
+def test_setup_commands_are_what_ci_runs():
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in SETUP:
+        assert command in ci
+
+
+def test_map_names_what_is_there():
+    table = README.partition("## Map")[2].partition("## ")[0]
+    for row in re.findall(r"^\| (`.*?) \|", table, flags=re.M):
+        names = re.findall(r"`([^`]+)`", row)
+        folder = Path(names[0]).parent
+        for name in names:
+            path = ROOT / name if "/" in name else ROOT / folder / name
+            assert path.exists(), name

@@ -108,15 +108,13 @@ class Projection(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The token table [V, D]; an id outside the vocabulary gives NaN, not a neighbour's row."""
+    """The token table [V, D]; a tied head uses it again."""
 
     config: Phi3Config
     dtype: Any
     param_dtype: Any
 
-    @nn.compact
-    def __call__(self, input_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the embedded tokens [B, T, D], and the table, which a tied head uses again."""
+    def setup(self):
         config = self.config
 
         def init(key, shape, dtype):
@@ -124,11 +122,17 @@ class Embedding(nn.Module):
             # As torch.nn.Embedding(padding_idx=...) begins.
             return table if config.pad_token_id is None else table.at[config.pad_token_id].set(0)
 
-        shape = (config.vocab_size, config.hidden_size)
         boxed = nn.with_logical_partitioning(init, ("vocab", "embed"))
-        table: Any = self.param("weight", boxed, shape, self.param_dtype)
-        table_VD = table.astype(self.dtype)
-        return jnp.take(table_VD, input_ids_BT, axis=0), table_VD
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight: Any = self.param("weight", boxed, shape, self.param_dtype)
+
+    def __call__(self, input_ids_BT: jax.Array) -> jax.Array:
+        """The tokens' rows [B, T, D]; NaN for an id outside the table, not a neighbour's row."""
+        return jnp.take(self.weight.astype(self.dtype), input_ids_BT, axis=0)
+
+    def attend(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] of a head that shares the table."""
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.weight.astype(self.dtype))
 
 
 class Attention(nn.Module):
@@ -227,7 +231,21 @@ class Phi3Model(nn.Module):
     param_dtype: Any = jnp.float32
     generation_config: Any = None
 
-    @nn.compact
+    def setup(self):
+        config, dtype = self.config, jnp.dtype(self.dtype)
+        kinds: dict[str, Any] = dict(config=config, param_dtype=self.param_dtype)
+        self.embed_tokens = Embedding(**kinds, dtype=dtype)
+        self.layers = nn.scan(
+            DecoderLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.num_hidden_layers,
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(**kinds, dtype=dtype)
+        self.norm = RMSNorm(**kinds)
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -250,64 +268,46 @@ class Phi3Model(nn.Module):
         Raises:
           ValueError: for shapes that do not agree, or more tokens than the cache has room for.
         """
-        hidden, cache, _ = decode_tokens(self, input_ids, attention_mask, position_ids, cache, rope)
-        return BaseModelOutput(last_hidden_state=hidden, cache=cache)
+        config = self.config
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids has shape {input_ids.shape}, expected [batch, tokens]")
+        B, T = input_ids.shape
+        for name, array in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if array is not None and jnp.shape(array) != (B, T):
+                raise ValueError(
+                    f"{name} has shape {jnp.shape(array)}, expected that of input_ids, {(B, T)}"
+                )
+        if cache is not None:
+            cache.check_room(T)
 
+        mask_BT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        columns_T = jnp.arange(T) + (0 if cache is None else cache.length)
+        if rope is None:
+            rope = rope_tables(config, _positions_in_use(config, position_ids, T, cache))
+        given = columns_T if position_ids is None else jnp.asarray(position_ids)
+        position_ids = jnp.broadcast_to(given, (B, T))
+        if mask_BT is not None:
+            # What padding computes is never looked at, but it must stay finite.
+            position_ids = jnp.where(mask_BT, position_ids, 0)
+        long_B = rows_are_long(config, position_ids, mask_BT)
+        cos_sin = rope_cos_sin(rope, position_ids, long_B)
 
-def decode_tokens(module, input_ids, attention_mask, position_ids, cache, rope):
-    """The body of Phi3Model; also returns the embedding table, for a tied head."""
-    config, dtype = module.config, jnp.dtype(module.dtype)
-    kinds: dict[str, Any] = dict(config=config, dtype=dtype, param_dtype=module.param_dtype)
-    input_ids = jnp.asarray(input_ids)
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {input_ids.shape}, expected [batch, tokens]")
-    B, T = input_ids.shape
-    for name, array in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-        if array is not None and jnp.shape(array) != (B, T):
-            raise ValueError(
-                f"{name} has shape {jnp.shape(array)}, expected that of input_ids, {(B, T)}"
-            )
-    if cache is not None:
-        cache.check_room(T)
+        masks = [causal_mask(columns_T, columns_T, config.sliding_window)[None]]
+        if mask_BT is not None:
+            masks[0] = masks[0] & mask_BT[:, None, :]
+        cached = None
+        if cache is not None and cache.filled:
+            slots_S = jnp.arange(cache.capacity)
+            old = causal_mask(columns_T, slots_S, config.sliding_window) & (slots_S < cache.length)
+            masks = [old[None] & cache.valid_BS[:, None, :], *masks]
+            cached = (cache.k_LBSKH, cache.v_LBSKH)
 
-    mask_BT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
-    columns_T = jnp.arange(T) + (0 if cache is None else cache.length)
-    if rope is None:
-        rope = rope_tables(config, _positions_in_use(config, position_ids, T, cache))
-    if position_ids is None:
-        position_ids = jnp.broadcast_to(columns_T, (B, T))
-    if mask_BT is not None:
-        # What padding computes is never looked at, but it must stay finite.
-        position_ids = jnp.where(mask_BT, position_ids, 0)
-    long_B = rows_are_long(config, position_ids, mask_BT)
-    cos_sin = rope_cos_sin(rope, position_ids, long_B)
-
-    masks = [causal_mask(columns_T, columns_T, config.sliding_window)[None]]
-    if mask_BT is not None:
-        masks[0] = masks[0] & mask_BT[:, None, :]
-    cached = None
-    if cache is not None and cache.filled:
-        slots_S = jnp.arange(cache.capacity)
-        old = causal_mask(columns_T, slots_S, config.sliding_window) & (slots_S < cache.length)
-        masks = [old[None] & cache.valid_BS[:, None, :], *masks]
-        cached = (cache.k_LBSKH, cache.v_LBSKH)
-
-    x_BTD, table_VD = Embedding(**kinds, name="embed_tokens")(input_ids)
-    x_BTD = constrain(x_BTD, "batch", None, None)
-    layers = nn.scan(
-        DecoderLayer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=config.num_hidden_layers,
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        out_axes=0,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )(**kinds, name="layers")
-    x_BTD, new_kv = layers(x_BTD, cached, cos_sin, masks, cache is not None)
-    if cache is not None:
-        cache = cache.write(*new_kv, mask_BT)
-    norm = RMSNorm(config=config, param_dtype=module.param_dtype, name="norm")
-    return norm(x_BTD), cache, table_VD
+        x_BTD = constrain(self.embed_tokens(input_ids), "batch", None, None)
+        x_BTD, new_kv = self.layers(x_BTD, cached, cos_sin, masks, cache is not None)
+        if cache is not None:
+            cache = cache.write(*new_kv, mask_BT)
+        return BaseModelOutput(last_hidden_state=self.norm(x_BTD), cache=cache)
 
 
 def _positions_in_use(config, position_ids, tokens: int, cache: KVCache | None) -> int:
@@ -327,7 +327,18 @@ class Phi3ForCausalLM(nn.Module):
     param_dtype: Any = jnp.float32
     generation_config: Any = None
 
-    @nn.compact
+    def setup(self):
+        config, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.model = Phi3Model(config, **kinds)
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection(
+                config=config,
+                equation="BTD,VD->BTV",
+                shape=(config.vocab_size, config.hidden_size),
+                names=("vocab", "embed"),
+                **kinds,
+            )
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -347,40 +358,16 @@ class Phi3ForCausalLM(nn.Module):
         Raises:
           ValueError: as Phi3Model, and for labels that do not have the shape of the logits.
         """
-        config, kinds = self.config, dict(param_dtype=self.param_dtype, dtype=self.dtype)
-        hidden_BTD, cache, table_VD = _Backbone(config, **kinds, name="model")(
-            input_ids, attention_mask, position_ids, cache, rope
-        )
+        out = self.model(input_ids, attention_mask, position_ids, cache, rope)
+        hidden_BTD = out.last_hidden_state
         if isinstance(logits_to_keep, int):
             hidden_BTD = hidden_BTD[:, -logits_to_keep:]
         else:
             hidden_BTD = jnp.take(hidden_BTD, logits_to_keep, axis=1)
-
-        if config.tie_word_embeddings:
-            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD)
-        else:
-            logits_BTV = Projection(
-                config=config,
-                equation="BTD,VD->BTV",
-                shape=(config.vocab_size, config.hidden_size),
-                names=("vocab", "embed"),
-                name="lm_head",
-                **kinds,
-            )(hidden_BTD)
+        tied = self.config.tie_word_embeddings
+        logits_BTV = (self.model.embed_tokens.attend if tied else self.lm_head)(hidden_BTD)
         loss = None if labels is None else causal_lm_loss(logits_BTV, jnp.asarray(labels))
-        return CausalLMOutput(logits=logits_BTV, loss=loss, cache=cache)
-
-
-class _Backbone(nn.Module):
-    """Phi3Model as a part of a model with a head, to which it also gives the embedding table."""
-
-    config: Phi3Config
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, *inputs):
-        return decode_tokens(self, *inputs)
+        return CausalLMOutput(logits=logits_BTV, loss=loss, cache=out.cache)
 
 
 def causal_lm_loss(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class KVCache:
 
     Attributes:
       k_LBSKH, v_LBSKH: rotated keys, and values.
-      valid_BS: bool, the slots that hold a token of the row.
+      valid_BS: bool, the slots that hold a token of the row; none from `length` on.
       length: int32 scalar, the columns used so far.
       filled: False (static) where the next call is not to look at the slots: an empty cache, or
         rows that are computed anew.

@@ -299,8 +299,8 @@ class Phi3Model(nn.Module):
         cached = None
         if cache is not None and cache.filled:
             slots_S = jnp.arange(cache.capacity)
-            old = causal_mask(columns_T, slots_S, config.sliding_window) & (slots_S < cache.length)
-            masks = [old[None] & cache.valid_BS[:, None, :], *masks]
+            old = causal_mask(columns_T, slots_S, config.sliding_window)[None]
+            masks = [old & cache.valid_BS[:, None, :], *masks]
             cached = (cache.k_LBSKH, cache.v_LBSKH)
 
         x_BTD = constrain(self.embed_tokens(input_ids), "batch", None, None)

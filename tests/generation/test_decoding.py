@@ -72,6 +72,22 @@ def test_cache_across_the_line_is_that_of_a_fresh_prefill(case):
     assert request.state.long_B.all()
 
 
+def test_crossing_leaves_the_other_rows_alone():
+    model, params = model_and_params("longrope")
+    ids, mask = left_padded(prompts((16, 3)))
+    request = decoding._request(
+        model, params, ids, mask, None, 0, None, {"max_new_tokens": 5, "eos_token_id": None}
+    )
+    request.start()
+    before = np.asarray(request.state.cache.k_LBSKH)
+    request._cross()
+    after = np.asarray(request.state.cache.k_LBSKH)
+    assert request.state.long_B.tolist() == [True, False]
+    np.testing.assert_array_equal(after[:, 1], before[:, 1])
+    assert (after[:, 0, 1:16] != before[:, 0, 1:16]).mean() > 0.9
+    assert int(request.state.cache.length) == 16
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     rows = prompts()
     for settings in ({}, {"do_sample": True, "top_k": 20}):

@@ -45,8 +45,9 @@ def _store(params_folder: Path, inside: str) -> dict[str, Any]:
 
 
 def _array(params_folder: Path, name: str) -> dict[str, Any]:
-    """The TensorStore spec with which Orbax opens a leaf."""
-    return {"driver": "zarr3", "kvstore": _store(params_folder, f"{name}/")}
+    """The TensorStore spec of a leaf, as Orbax has it; data that is not there is an error."""
+    store = _store(params_folder, f"{name}/")
+    return {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
 
 
 class OrbaxWriter:
@@ -61,7 +62,7 @@ class OrbaxWriter:
         placeholders = {path: np.zeros((1,), leaf.dtype) for path, leaf in leaves.items()}
         orbax.save(str(params_folder), unflatten_dict(placeholders), custom_metadata=_FORMAT)
         settings = {
-            # Zeros are data too: nothing is left out, so that what is missing is an error.
+            # Zeros are data too.
             "store_data_equal_to_fill_value": True,
             # Once at the end, by `staged_folder`, not after every layer.
             "context": {"file_io_sync": False},
@@ -247,22 +248,26 @@ def _load_leaf(weights: Weights, path: LeafPath, sharding, dtype: np.dtype) -> j
         ranges = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
         if ranges not in parts:
             parts[ranges] = np.empty([len(range(*axis)) for axis in ranges], dtype)
-            out = parts[ranges]
-            layers = weights.table.layers(path)
-            if layers == [None]:
-                out[...] = weights.read(path, None, index)
-            else:
-
-                def fill(place: int, layer: int | None) -> None:
-                    out[place] = weights.read(path, layer, index[1:])
-
-                # NumPy and TensorStore copy without holding the interpreter.
-                with ThreadPoolExecutor(_READERS) as pool:
-                    list(pool.map(fill, *zip(*enumerate(layers[index[0]]), strict=True)))
+            _read_into(parts[ranges], weights, path, index)
         return parts[ranges]
 
     # Waiting keeps the copies of two leaves from being in memory at once.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part, dtype=dtype))
+
+
+def _read_into(out: np.ndarray, weights: Weights, path: LeafPath, index) -> None:
+    """Fills `out`, of any dtype, with the part of a leaf at `index`."""
+    layers = weights.table.layers(path)
+    if layers == [None]:
+        out[...] = weights.read(path, None, index)
+        return
+
+    def fill(place: int, layer: int | None) -> None:
+        out[place] = weights.read(path, layer, index[1:])
+
+    # NumPy and TensorStore copy without holding the interpreter.
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(fill, *zip(*enumerate(layers[index[0]]), strict=True)))
 
 
 def save_pretrained(

@@ -42,7 +42,8 @@ def write_hf_folder(
     tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in weights.items()}
     folder.mkdir(parents=True)
     # Not as save_pretrained would write it: it has to arrive byte for byte.
-    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "unknown_key": [1, 2]}))
+    config_json = {**config.to_dict(), "dtype": DTYPES[dtype].name, "unknown_key": [1, 2]}
+    (folder / "config.json").write_text(json.dumps(config_json))
     for name, content in (SIDE_FILES if side_files is None else side_files).items():
         (folder / name).write_bytes(content)
     write_tensors(folder, tensors, max_shard_bytes)

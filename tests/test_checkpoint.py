@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as orbax_v0
 import pytest
 import safetensors.numpy
+import tensorstore
 from flax.traverse_util import flatten_dict
 from model_folders import write_hf_folder
 from orbax.checkpoint import v1 as orbax
@@ -108,9 +109,20 @@ def test_truncated_data_is_an_error_not_zeros(folders, tmp_path):
         except ValueError as error:
             messages.append(str(error))
         file.write_bytes(content)
-    assert all("OUT_OF_RANGE" in message for message in messages)
-    assert any("weight in " in message and "cannot be read" in message for message in messages)
-    assert not any("tensorstore_spec" in message for message in messages)
+    assert messages
+    for message in messages:
+        assert "OUT_OF_RANGE" in message and "tensorstore_spec" not in message
+
+
+def test_missing_data_is_an_error_not_zeros(folders, tmp_path):
+    shutil.copytree(folders[0] / "orbax", tmp_path / "m")
+    spec = {"driver": "ocdbt", "base": f"file://{tmp_path}/m/params/state/"}
+    store = tensorstore.KvStore.open(spec).result()
+    keys = [key for key in store.list().result() if key.startswith(b"model.layers.mlp.down_proj")]
+    assert len(keys) == 1 + 3 * 8 * 8
+    store.write(keys[-1] if b"zarr" not in keys[-1] else keys[0], None).result()
+    with pytest.raises(ValueError, match="mlp.down_proj.weight in '.*/m' cannot be read: .*miss"):
+        from_pretrained(tmp_path / "m")
 
 
 def test_what_is_no_checkpoint_is_said(folders, tmp_path):
@@ -235,7 +247,8 @@ def test_the_saved_config_names_the_saved_dtype(folders, tmp_path):
     """transformers loads in the dtype of config.json, whatever that of the tensors is."""
     model, params = from_pretrained(folders[0] / "hf", dtype="float32")
     save_pretrained(tmp_path / "m", model, params)
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "float32"
+    saved = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert saved["torch_dtype"] == "float32" and "dtype" not in saved
 
 
 def test_saving_replaces_only_with_force(folders, tmp_path):

@@ -24,8 +24,8 @@ JOBS = {"to_orbax": to_orbax, "to_hf": to_hf}
 def sources(tmp_path_factory):
     """The source of each job: some megabytes, so that writing takes a while."""
     parent = tmp_path_factory.mktemp("sources")
-    sizes = dict(vocab_size=2000, hidden_size=192, intermediate_size=900, num_hidden_layers=24)
-    write_hf_folder(parent / "hf", max_shard_bytes=10_000_000, **sizes)
+    sizes = dict(vocab_size=2000, hidden_size=192, intermediate_size=900, num_hidden_layers=8)
+    write_hf_folder(parent / "hf", max_shard_bytes=4_000_000, **sizes)
     to_orbax(parent / "hf", parent / "orbax")
     return {"to_orbax": parent / "hf", "to_hf": parent / "orbax"}
 

@@ -1,7 +1,7 @@
 """How far a conversion has come."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +21,7 @@ def silent(done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Report]:
+def progress_bar(title: str) -> Generator[Report]:
     """A bar on stderr with bytes and bytes per second; nothing where that is not a terminal."""
     console = Console(stderr=True)
     columns = (

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal
 
@@ -106,7 +106,7 @@ def check_apart(source: Path, target: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
+def staged_folder(target: str | Path, force: bool = False) -> Generator[Path]:
     """A new folder to write into, which becomes `target` when the context ends without an error.
 
     Until then it is a hidden sibling that no loader accepts. Siblings that killed runs left are

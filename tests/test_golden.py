@@ -115,8 +115,14 @@ def test_processors_follow_the_reference(name):
         key, _, value = part.partition("=")
         settings[key] = int(value) if key == "top_k" else float(value)
     config = GenerationConfig(do_sample=True, **settings)
-    ours = Settings.of(config, vocab_size=50).process(jnp.asarray(PARTS["warp/logits"]))
-    np.testing.assert_allclose(ours, PARTS[name], rtol=1e-6)
+    logits = jnp.asarray(PARTS["warp/logits"])
+    ours = np.array(Settings.of(config, vocab_size=50).process(logits))
+    expected = PARTS[name]
+    if "top_p" in settings:
+        # Which of several equal logits top-p keeps is left open by torch's sort, and differs from
+        # run to run there; how many it keeps is not.
+        ours[:2], expected[:2] = np.sort(ours[:2]), np.sort(expected[:2])
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
 def test_repetition_penalty_follows_the_reference():

@@ -44,13 +44,22 @@ class KVCache:
         """An empty cache of `capacity` slots a row."""
         layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, capacity, kv_heads, config.head_dim)
-        names = (None, "batch", None, "kv_heads", None)
-        zeros = lambda: constrain(jnp.zeros(shape, dtype), *names)  # noqa: E731
         return cls(
-            k_LBSKH=zeros(),
-            v_LBSKH=zeros(),
+            k_LBSKH=jnp.zeros(shape, dtype),
+            v_LBSKH=jnp.zeros(shape, dtype),
             valid_BS=jnp.zeros((batch, capacity), bool),
             length=jnp.zeros((), jnp.int32),
+        ).settled()
+
+    def settled(self) -> "KVCache":
+        """The cache laid out on the active mesh: rows and key-value heads over its axes."""
+        names = (None, "batch", None, "kv_heads", None)
+        return dataclasses.replace(
+            self,
+            k_LBSKH=constrain(self.k_LBSKH, *names),
+            v_LBSKH=constrain(self.v_LBSKH, *names),
+            valid_BS=constrain(self.valid_BS, "batch", None),
+            length=constrain(self.length),
         )
 
     @property
@@ -58,12 +67,20 @@ class KVCache:
         """Slots a row."""
         return self.k_LBSKH.shape[2]
 
-    def check_room(self, tokens: int) -> None:
-        """Raises ValueError where `tokens` more do not fit.
+    def check(self, config: Phi3Config, batch: int, tokens: int) -> None:
+        """Raises ValueError for a cache of another model or batch, or one without room for
+        `tokens` more.
 
         Inside a compiled function the fill is not known; only a call longer than the whole cache
         is refused there, and the caller has to know that the rest fits.
         """
+        sizes = (config.num_hidden_layers, batch, config.num_key_value_heads, config.head_dim)
+        layers, rows, _, kv_heads, head_dim = self.k_LBSKH.shape
+        if (layers, rows, kv_heads, head_dim) != sizes:
+            raise ValueError(
+                f"the cache has (layers, rows, key-value heads, head dim) "
+                f"{(layers, rows, kv_heads, head_dim)}, this call needs {sizes}"
+            )
         used = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
         if used + tokens > self.capacity:
             raise ValueError(

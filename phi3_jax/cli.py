@@ -17,7 +17,7 @@ HELP_TEXT = """\
 !help              this list
 !clear             forget the conversation
 !save FILE         write the conversation to a JSON file
-!set NAME=VALUE    change a generation setting, e.g. !set temperature=0.7, !set max_new_tokens=50
+!set NAME=VALUE    change a generation setting, e.g. !set temperature=0.7; null takes it back
 !exit              leave (so does the end of the input)
 A slash works as well as the exclamation mark."""
 
@@ -93,23 +93,9 @@ def load_generator(model: str | None, dtype: str, cache_length: int | None):
     return phi3.TextGenerator(network, params, tokenizer, mesh, cache_length)
 
 
-def generation_settings(
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-) -> dict[str, Any]:
-    """The settings that the options ask for; what is not given is left to the folder."""
-    settings: dict[str, Any] = {}
-    if max_new_tokens is not None:
-        settings["max_new_tokens"] = max_new_tokens
-    if temperature == 0:
-        settings["do_sample"] = False
-    elif temperature is not None:
-        settings |= {"do_sample": True, "temperature": temperature}
-    if top_p is not None:
-        settings["top_p"] = top_p
-        settings.setdefault("do_sample", True)
-    return settings
+def given_settings(**options: float | None) -> dict[str, Any]:
+    """The options that were given; the rest is left to the folder."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass
@@ -169,7 +155,12 @@ def print_answer(pieces: Iterator[str]) -> str:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from the input.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="What to ask; - reads it from the input. After -- it may begin with a dash."
+        ),
+    ],
     model: Model = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -181,10 +172,10 @@ def generate(
     stats: Stats = False,
 ) -> None:
     """Answers one prompt; the answer goes to stdout as it comes, all else to stderr."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty; give some text, or - and text on the input")
-    settings = generation_settings(max_new_tokens, temperature, top_p)
+    settings = given_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     start = time.perf_counter()
     generator = load_generator(model, dtype, cache_length)
     load_s = time.perf_counter() - start
@@ -209,7 +200,7 @@ def chat(
     stats: Stats = False,
 ) -> None:
     """A conversation; !help lists what can be typed besides messages."""
-    settings = generation_settings(max_new_tokens, temperature, top_p)
+    settings = given_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     start = time.perf_counter()
     generator = load_generator(model, dtype, cache_length)
     load_s = time.perf_counter() - start
@@ -229,8 +220,8 @@ def chat(
                 return
             continue
         asked = [*history, {"role": "user", "content": text}]
-        timing = Timing(len(generator.encode(asked)))
         try:
+            timing = Timing(len(generator.encode(asked)))
             answer = print_answer(timing.watch(generator.stream(asked, seed, **settings)))
         except ValueError as error:
             say(f"error: {error}\n(!clear forgets the conversation)")
@@ -246,6 +237,7 @@ def chat(
 def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) -> bool:
     """Carries out a command of the chat; False to leave."""
     from phi3_jax.generation.config import GenerationConfig
+    from phi3_jax.text.generator import with_implied_sampling
 
     name, _, argument = command.partition(" ")
     argument = argument.strip()
@@ -259,16 +251,13 @@ def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) 
     elif name == "set":
         key, _, value = argument.partition("=")
         try:
-            key, value = key.strip(), _value(value.strip())
-            by_option = key in ("max_new_tokens", "temperature", "top_p")
-            changed = settings | (
-                generation_settings(**{key: value}) if by_option else {key: value}
-            )
-            GenerationConfig(**changed)
+            changed = {**settings, key.strip(): _value(value.strip())}
+            GenerationConfig.from_call(with_implied_sampling(changed)).check()
         except ValueError as error:
             say(f"error: {error}")
         else:
-            settings.update(changed)
+            settings.clear()
+            settings.update(given_settings(**changed))
             say(f"({json.dumps(settings)})")
     else:
         if name != "help":

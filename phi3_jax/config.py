@@ -88,7 +88,9 @@ class Phi3Config:
     attention factor 0.1 * ln(max / original) + 1 of Microsoft's original model code; transformers
     from version 5 on computes sqrt(1 + ln(max / original) / ln(original)) for it instead.
 
-    Keys of a config.json that are not fields are kept in `extra` and saved again.
+    Keys of a config.json that are not fields are kept in `extra` and saved again. To change sizes
+    of a config, pass `{**config.to_dict(), ...}` to `from_dict`: dataclasses.replace keeps what was
+    filled in for the old ones.
 
     Raises:
       ValueError: naming field, value, limit and way out, where a value or a combination of
@@ -170,6 +172,11 @@ class Phi3Config:
         names = {field.name for field in dataclasses.fields(cls)} | set(_INIT_ONLY)
         known = {key: value for key, value in values.items() if key in names and key != "extra"}
         extra = {key: value for key, value in values.items() if key not in known}
+        # In a file the reference lets what is inside win; in a call two values are a mistake.
+        inside = known.get("rope_scaling") or known.get("rope_parameters")
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if isinstance(inside, Mapping) and name in inside:
+                known.pop(name, None)
         return cls(**known, extra=extra)
 
     @classmethod
@@ -331,10 +338,15 @@ def _standard_rope(
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"rope_parameters is {given!r}, expected a mapping or None")
     rope = dict(given or {})
-    rope.setdefault("rope_theta", 10000.0 if rope_theta is None else rope_theta)
-    rope.setdefault(
-        "partial_rotary_factor", 1.0 if partial_rotary_factor is None else partial_rotary_factor
-    )
+    for name, outside, default in (
+        ("rope_theta", rope_theta, 10000.0),
+        ("partial_rotary_factor", partial_rotary_factor, 1.0),
+    ):
+        if outside is not None and rope.get(name, outside) != outside:
+            raise ValueError(
+                f"{name} is {outside!r}, and {rope[name]!r} in rope_parameters; give it once"
+            )
+        rope.setdefault(name, default if outside is None else outside)
     old_name = rope.pop("type", None)
     rope_type = rope.get("rope_type") or old_name
     if rope_type is None:
@@ -370,6 +382,10 @@ def _standard_rope(
             _check_number(rope, name, "above 0", lambda x: 0 < x < math.inf)
     # The reference lets the top-level field win over one inside.
     original = config.original_max_position_embeddings
+    if original < 2:
+        raise ValueError(
+            f"original_max_position_embeddings is {original}, longrope needs at least 2"
+        )
     rope["original_max_position_embeddings"] = original
     if rope_type == "yarn" and "attention_factor" not in rope:
         scale = rope.get("factor", config.max_position_embeddings / original)

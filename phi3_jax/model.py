@@ -12,6 +12,7 @@ parts on an axis of their own (qkv [D, K, G+2, H], gate_up [D, 2, F]), so that a
 shard holds whole key-value groups and cutting the parts apart moves nothing between devices.
 """
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ import flax.struct
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from phi3_jax.attention import attend, causal_mask
 from phi3_jax.cache import KVCache
@@ -128,7 +130,10 @@ class Embedding(nn.Module):
 
     def __call__(self, input_ids_BT: jax.Array) -> jax.Array:
         """The tokens' rows [B, T, D]; NaN for an id outside the table, not a neighbour's row."""
-        return jnp.take(self.weight.astype(self.dtype), input_ids_BT, axis=0)
+        rows = jnp.where(
+            input_ids_BT < 0, len(self.weight), input_ids_BT
+        )  # would count from the end
+        return jnp.take(self.weight.astype(self.dtype), rows, axis=0)
 
     def attend(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] of a head that shares the table."""
@@ -251,6 +256,7 @@ class Phi3Model(nn.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
+        *,
         cache: KVCache | None = None,
         rope: RopeTables | None = None,
     ) -> BaseModelOutput:
@@ -262,7 +268,8 @@ class Phi3Model(nn.Module):
           position_ids: int [B, T]; by default the columns counted from the start of the cache,
             with padding or without, as in the reference's forward.
           cache: what earlier calls left; the tokens of this call attend to it and are added to
-            the cache that is returned.
+            the cache that is returned. Keys stay rotated as they were: a row that a call takes
+            past the longrope line has to be computed again from its start, as `generate` does.
           rope: tables from `rope_tables`; by default made here, as constants of the program.
 
         Raises:
@@ -274,19 +281,21 @@ class Phi3Model(nn.Module):
             raise ValueError(f"input_ids has shape {input_ids.shape}, expected [batch, tokens]")
         B, T = input_ids.shape
         for name, array in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if array is not None and jnp.shape(array) != (B, T):
+            if array is not None and np.shape(array) not in ((B, T), (1, T)):
                 raise ValueError(
-                    f"{name} has shape {jnp.shape(array)}, expected that of input_ids, {(B, T)}"
+                    f"{name} has shape {np.shape(array)}, expected that of input_ids, {(B, T)}"
                 )
         if cache is not None:
-            cache.check_room(T)
-
-        mask_BT = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+            cache.check(config, B, T)
+        if position_ids is not None:
+            position_ids = jnp.asarray(position_ids)
+        mask_BT = None
+        if attention_mask is not None:
+            mask_BT = jnp.broadcast_to(jnp.asarray(attention_mask) != 0, (B, T))
         columns_T = jnp.arange(T) + (0 if cache is None else cache.length)
         if rope is None:
             rope = rope_tables(config, _positions_in_use(config, position_ids, T, cache))
-        given = columns_T if position_ids is None else jnp.asarray(position_ids)
-        position_ids = jnp.broadcast_to(given, (B, T))
+        position_ids = jnp.broadcast_to(columns_T if position_ids is None else position_ids, (B, T))
         if mask_BT is not None:
             # What padding computes is never looked at, but it must stay finite.
             position_ids = jnp.where(mask_BT, position_ids, 0)
@@ -316,7 +325,7 @@ def _positions_in_use(config, position_ids, tokens: int, cache: KVCache | None) 
         return tokens if cache is None else cache.capacity
     if isinstance(position_ids, jax.core.Tracer):
         return config.max_position_embeddings
-    return int(jnp.max(position_ids)) + 1
+    return max(int(jnp.max(position_ids)), 0) + 1
 
 
 class Phi3ForCausalLM(nn.Module):
@@ -344,9 +353,10 @@ class Phi3ForCausalLM(nn.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
+        *,
         cache: KVCache | None = None,
         labels: jax.Array | None = None,
-        logits_to_keep: int | jax.Array = 0,
+        logits_to_keep: Any = 0,
         rope: RopeTables | None = None,
     ) -> CausalLMOutput:
         """Runs the model; arguments as in Phi3Model, and besides:
@@ -358,12 +368,12 @@ class Phi3ForCausalLM(nn.Module):
         Raises:
           ValueError: as Phi3Model, and for labels that do not have the shape of the logits.
         """
-        out = self.model(input_ids, attention_mask, position_ids, cache, rope)
+        out = self.model(input_ids, attention_mask, position_ids, cache=cache, rope=rope)
         hidden_BTD = out.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden_BTD = hidden_BTD[:, -logits_to_keep:]
+        if np.ndim(logits_to_keep) == 0:
+            hidden_BTD = hidden_BTD[:, -operator.index(logits_to_keep) :]
         else:
-            hidden_BTD = jnp.take(hidden_BTD, logits_to_keep, axis=1)
+            hidden_BTD = jnp.take(hidden_BTD, jnp.asarray(logits_to_keep), axis=1)
         tied = self.config.tie_word_embeddings
         logits_BTV = (self.model.embed_tokens.attend if tied else self.lm_head)(hidden_BTD)
         loss = None if labels is None else causal_lm_loss(logits_BTV, jnp.asarray(labels))
@@ -388,5 +398,6 @@ def causal_lm_loss(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     counted = targets != IGNORED_LABEL
     log_probs = jax.nn.log_softmax(logits_BTV[:, :-1].astype(jnp.float32), axis=-1)
     safe = jnp.where(counted, targets, 0)
+    safe = jnp.where(safe < 0, logits_BTV.shape[-1], safe)  # NaN, as above the vocabulary
     picked = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(counted, picked, 0.0)) / jnp.maximum(counted.sum(), 1)

@@ -99,11 +99,11 @@ def rope_cos_sin(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin for each token, float32 [B, T, R], from the table that its row uses.
 
-    A position beyond the table gives NaN: a clamped lookup would be wrong without a sign.
+    A position outside the table gives NaN: a clamped lookup would be wrong without a sign.
     """
-    look_up = functools.partial(
-        jnp.take, indices=position_ids_BT, axis=0, mode="fill", fill_value=jnp.nan
-    )
+    # A negative index would count from the table's end.
+    rows_BT = jnp.where(position_ids_BT < 0, jnp.iinfo(jnp.int32).max, position_ids_BT)
+    look_up = functools.partial(jnp.take, indices=rows_BT, axis=0, mode="fill", fill_value=jnp.nan)
     cos = look_up(jnp.asarray(tables.short_cos_PR))
     sin = look_up(jnp.asarray(tables.short_sin_PR))
     if tables.long_cos_PR is None or tables.long_sin_PR is None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -62,7 +63,7 @@ def test_generate_options_reach_generation(run):
     [
         (["hi", "--model", "no/such-folder-here-at-all/x"], "no/such-folder"),
         (["hi", "--temperature", "-1"], "temperature is -1"),
-        (["hi", "--cache-length", "3"], "the cache has 3"),
+        (["hi", "--cache-length", "3"], "leaves none for an answer"),
         (["hi", "--dtype", "int8"], "int8"),
         ([" "], "the prompt is empty"),
     ],
@@ -91,7 +92,14 @@ def test_chat_keeps_history_and_obeys(run, tmp_path):
 def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
     file = tmp_path / "chat.json"
     file.write_text("mine")
-    lines = ["!set temperature=-1", "!set nonsense=1", "!set top_k=x", "!save", f"!save {file}"]
+    lines = [
+        "!set temperature=-1",
+        "!set nonsense=1",
+        "!set top_k=x",
+        "!set extra=3",
+        "!save",
+        f"!save {file}",
+    ]
     status, _, err = run(cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
     assert status == 0 and file.read_text() == "mine"
     for words in ("temperature is -1", "'nonsense'", "'x' is no number", "needs a file name"):
@@ -106,14 +114,24 @@ def test_chat_clear_forgets_all_but_the_system_message(run, tmp_path):
     assert json.loads(file.read_text()) == [{"role": "system", "content": "Be kind."}]
 
 
-def test_setting_a_temperature_turns_sampling_on(run):
-    lines = ["!set temperature=0.5", "!set temperature=0", "!set top_p=0.5"]
+def test_settings_can_be_taken_back(run):
+    lines = ["!set temperature=0.5", "!set top_k=3", "!set temperature=null"]
     err = run(cli.chat_command, stdin="\n".join(lines))[2]
-    assert '"do_sample": true, "temperature": 0.5' in err
-    assert '"do_sample": false' in err
+    assert '({"temperature": 0.5, "top_k": 3})' in err and '({"top_k": 3})' in err
+
+
+def test_a_conversation_that_the_template_refuses_is_not_the_end(run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(cli.EMBEDDED_MODEL, folder)
+    template = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + "{{ messages[0].content }}")
+    file = tmp_path / "chat.json"
+    lines = ["Hello", "again", f"!save {file}"]
+    status, _, err = run(cli.chat_command, "--model", str(folder), stdin="\n".join(lines))
+    assert status == 0 and "one turn only" in err and len(json.loads(file.read_text())) == 2
 
 
 def test_a_turn_that_does_not_fit_is_forgotten(run):
     lines = [QUESTION + " please" * 40, QUESTION]
     status, out, err = run(cli.chat_command, "--cache-length", "40", stdin="\n".join(lines))
-    assert status == 0 and "the cache has 40" in err and "Paris" in out
+    assert status == 0 and "leaves none for an answer" in err and "Paris" in out

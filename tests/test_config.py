@@ -112,6 +112,14 @@ def test_config_is_frozen_and_replaceable():
     assert deeper.num_hidden_layers == 9 and deeper.rope_parameters == config.rope_parameters
 
 
+def test_a_value_given_twice_is_refused_in_a_call_and_inner_in_a_file():
+    config = small(rope_parameters={**LONGROPE, "rope_theta": 5000.0})
+    with pytest.raises(ValueError, match="rope_theta is 7.0, and 5000.0"):
+        dataclasses.replace(config, rope_theta=7.0)
+    in_file = {**config.to_dict(), "rope_theta": 7.0}
+    assert phi3.Phi3Config.from_dict(in_file).rope_theta == 5000.0
+
+
 def test_lists_of_end_tokens():
     config = small(eos_token_id=[2, 5])
     assert config.eos_token_ids == (2, 5)
@@ -148,6 +156,10 @@ def test_activations_have_functions():
         ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "(0, 1]"]),
         ({"partial_rotary_factor": 0.4}, ["rotates 3", "even"]),
         ({"rope_theta": "x"}, ["rope_theta", "'x'"]),
+        (
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 1},
+            ["original_max_position_embeddings is 1", "at least 2"],
+        ),
     ],
 )
 def test_refused(changes, words):

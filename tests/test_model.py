@@ -142,6 +142,11 @@ def test_logits_to_keep():
     np.testing.assert_allclose(
         forward(model, params, ids, logits_to_keep=columns).logits, whole[:, [4, 1]], atol=1e-6
     )
+    for same in ([4, 1], np.array([4, 1])):
+        out = forward(model, params, ids, logits_to_keep=same)
+        np.testing.assert_allclose(out.logits, whole[:, [4, 1]], atol=1e-6)
+    out = forward(model, params, ids, logits_to_keep=np.int64(2))
+    np.testing.assert_allclose(out.logits, whole[:, 5:])
     with pytest.raises(ValueError, match="logits_to_keep=0"):
         forward(model, params, ids, labels=ids, logits_to_keep=2)
 
@@ -195,7 +200,20 @@ def test_initial_parameters():
 
 def test_unknown_ids_are_nan_not_a_neighbours_row():
     model, params = model_and_params("gqa")
-    assert np.isnan(forward(model, params, [[3, 97]]).logits[0, 1]).all()
+    for unknown in (97, -1):
+        assert np.isnan(forward(model, params, [[3, unknown]]).logits[0, 1]).all()
+        ids = tokens(1, 3)
+        assert np.isnan(forward(model, params, ids, labels=[[3, 4, unknown]]).loss)
+    at_minus_1 = forward(model, params, [[3]], position_ids=[[-1]])
+    assert np.isnan(at_minus_1.logits).all()
+
+
+def test_a_cache_of_another_batch_or_model_is_refused():
+    model, params = model_and_params("gqa")
+    for config, rows in ((model.config, 2), (phi3.Phi3Config(**config_values("head_dim")), 1)):
+        cache = phi3.KVCache.init(config, rows, 8, jnp.float32)
+        with pytest.raises(ValueError, match="the cache has .layers, rows"):
+            forward(model, params, tokens(1, 4), cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +221,7 @@ def test_unknown_ids_are_nan_not_a_neighbours_row():
     [
         ({"ids": [3, 4]}, "input_ids has shape"),
         ({"attention_mask": np.ones((2, 3))}, "attention_mask has shape"),
-        ({"position_ids": np.ones((1, 3))}, "position_ids has shape"),
+        ({"position_ids": np.ones((1, 3), int)}, "position_ids has shape"),
     ],
 )
 def test_wrong_shapes_are_named(inputs, words):

@@ -21,13 +21,18 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
+import numpy as np
 import phi3_jax as phi3
+from phi3_jax.generation import decoding
 from reference import left_padded, prompts
 assert jax.device_count() == 8 and jax.local_device_count() == 4
-mesh = phi3.make_mesh(data=1, fsdp=2, tensor=4)
+mesh = phi3.make_mesh(data=2, fsdp=2, tensor=2)
 model, params = phi3.from_pretrained(folder, mesh=mesh)
-ids, mask = left_padded(prompts())
-result = phi3.generate(model, params, ids, mask, max_new_tokens=6, eos_token_id=None)
+ids, mask = left_padded(prompts((7, 12, 16, 15)))  # four rows: each on its own devices
+new = dict(max_new_tokens=6, eos_token_id=None)
+result = phi3.generate(model, params, ids, mask, **new)
+steps = list(decoding.stream(model, params, ids, mask, **new))
+assert (np.stack(steps, axis=1) == result.sequences[:, ids.shape[1] :]).all()
 print("RESULT", json.dumps(result.sequences.tolist()), flush=True)
 jax.distributed.shutdown()
 """
@@ -45,7 +50,7 @@ def test_two_processes_generate_what_one_does(case, tmp_path):
     config = phi3.Phi3Config(**config_values(case))
     model, params = phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, case))
     phi3.save_pretrained(tmp_path / "model", model, params)
-    ids, mask = left_padded(prompts())
+    ids, mask = left_padded(prompts((7, 12, 16, 15)))
     expected = phi3.generate(model, params, ids, mask, max_new_tokens=6, eos_token_id=None)
 
     port = str(free_port())

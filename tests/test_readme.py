@@ -51,7 +51,7 @@ def test_python_blocks_run_in_order(folders, capsys):
     space: dict = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), space)
-    assert "Paris" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("The capital of France is Paris.")
     assert space["result"].sequences.shape[0] == 2 and space["out"].loss > 0
     assert (folders / "my-phi3" / "config.json").is_file()
 
@@ -64,7 +64,8 @@ def test_commands_run_in_order(folders, commands):
         done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         output += done.stdout + done.stderr
-    assert "tokens/s" in output and "bit-equal" in output or "equal" in output
+    assert "tokens/s" in output
+    assert ": equal" in output
 
 
 def test_setup_commands_are_what_ci_runs():

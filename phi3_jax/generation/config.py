@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from phi3_jax.config import FrozenMapping, Phi3Config, as_token_ids, unknown_nam
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
-# Settings of the reference that this version does not have, with the values that change nothing.
-# A folder may carry them; generating with another value is refused rather than ignored.
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
+
+# Settings of the reference that this version does not have, with the values that change nothing
+# (as None and empty lists do). Generating with another value is refused rather than ignored.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -23,14 +26,20 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "min_length": (0,),
+    "min_new_tokens": (0,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
     "guidance_scale": (1.0,),
     "renormalize_logits": (False,),
     "remove_invalid_values": (False,),
     "token_healing": (False,),
     **dict.fromkeys(
         (
-            "min_new_tokens",
             "max_time",
+            "penalty_alpha",
+            "dola_layers",
+            "constraints",
+            "force_words_ids",
             "stop_strings",
             "top_h",
             "bad_words_ids",
@@ -53,8 +62,10 @@ class GenerationConfig:
     """Settings of one generation, with the names and defaults of the reference.
 
     Only what was given counts when configs are laid over one another (`over`): a call wins over
-    a passed config, that over the folder's, that over the defaults below. None means "none", not
-    "the default": `eos_token_id=None` lets nothing but the length stop a row.
+    a passed config, that over the folder's generation_config.json, that over the special tokens in
+    its config.json, those over the defaults below. None means "none", not "the default":
+    `eos_token_id=None` lets nothing but the length stop a row. In a generation_config.json null
+    means that nothing was said, since transformers writes it for every open setting.
 
     Attributes:
       max_new_tokens: tokens to add to the prompt; wins over max_length. Without either, 20.
@@ -89,21 +100,33 @@ class GenerationConfig:
     extra: FrozenMapping = FrozenMapping()
     given: frozenset[str] = frozenset()
 
-    def __init__(self, **settings: Any):
+    def __init__(self, extra: Mapping[str, Any] | None = None, **settings: Any):
         known = {field.name: field.default for field in dataclasses.fields(self)}
-        known.pop("given")
-        for name in settings:
+        del known["extra"], known["given"]
+        for name, value in settings.items():
             if name not in known:
-                if name in _WITHOUT_EFFECT:
-                    raise ValueError(f"generation setting {name!r} is not supported")
                 raise ValueError(unknown_name("generation setting", name, list(known)))
-        settings["extra"] = FrozenMapping(settings.get("extra"))
-        if isinstance(settings.get("eos_token_id"), list):
-            settings["eos_token_id"] = tuple(settings["eos_token_id"])
+            # numpy's numbers and arrays become Python's
+            value = value.tolist() if hasattr(value, "tolist") else value
+            settings[name] = tuple(value) if isinstance(value, list) else value
         for name, default in known.items():
             object.__setattr__(self, name, settings.get(name, default))
-        object.__setattr__(self, "given", frozenset(settings) - {"extra"})
-        _check(self)
+        object.__setattr__(self, "extra", FrozenMapping(extra))
+        object.__setattr__(self, "given", frozenset(settings))
+        _check_kinds(self)
+
+    @classmethod
+    def from_call(cls, settings: Mapping[str, Any]) -> "GenerationConfig":
+        """The settings of a call; those that are not here may be named with their neutral values.
+
+        Raises:
+          ValueError: for an unknown name, with the nearest known one.
+        """
+        absent = {name: value for name, value in settings.items() if name in _WITHOUT_EFFECT}
+        if "extra" in settings:
+            raise ValueError("unknown generation setting 'extra'")
+        present = {name: value for name, value in settings.items() if name not in absent}
+        return cls(**present, extra=absent)
 
     @classmethod
     def from_model_config(cls, config: Phi3Config) -> "GenerationConfig":
@@ -150,12 +173,17 @@ class GenerationConfig:
         """How many tokens to add to a prompt of that many tokens.
 
         Raises:
-          ValueError: where max_length leaves no room behind the prompt.
+          ValueError: where max_length, or the model's positions, leave no room behind the prompt.
         """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:
-            return max(1, min(20, max_positions - prompt))
+            if prompt >= max_positions:
+                raise ValueError(
+                    f"the prompt has {prompt} tokens and the model {max_positions} positions "
+                    "(max_position_embeddings); give max_new_tokens to go beyond them"
+                )
+            return min(20, max_positions - prompt)
         if self.max_length <= prompt:
             raise ValueError(
                 f"the prompt has {prompt} tokens and max_length is {self.max_length}; raise "
@@ -163,15 +191,29 @@ class GenerationConfig:
             )
         return self.max_length - prompt
 
-    def refuse_unsupported(self) -> None:
-        """Raises ValueError where the folder asks for something that is not here."""
+    def check(self) -> None:
+        """Raises ValueError for what cannot be generated with: settings that are not here, and
+        limits of sampling out of range where there is sampling.
+        """
         for name, neutral in _WITHOUT_EFFECT.items():
             value = self.extra.get(name)
-            if value is not None and value not in neutral:
+            if value not in (None, (), *neutral):
                 raise ValueError(
-                    f"{GENERATION_CONFIG_FILE} sets {name} to {value!r}, which is not supported; "
-                    "remove it from the file to generate without it"
+                    f"{name} is {value!r}, which is not supported; leave it out of the call, or "
+                    f"out of the folder's {GENERATION_CONFIG_FILE}"
                 )
+        if not self.do_sample:
+            return
+        table = [
+            ("temperature", lambda x: x > 0, "above 0; do_sample=False takes the most likely"),
+            ("top_k", lambda x: x >= 0, "at least 1, or 0 to keep all"),
+            ("top_p", lambda x: 0 <= x <= 1, "in [0, 1]"),
+            ("min_p", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ]
+        for name, holds, limit in table:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} is {value!r}, must be {limit}")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a generation_config.json: what was given, and what came along."""
@@ -184,32 +226,30 @@ class GenerationConfig:
         (Path(folder) / GENERATION_CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _check(config: GenerationConfig) -> None:
+def _check_kinds(config: GenerationConfig) -> None:
+    """What no use of a value could accept."""
+
     def is_number(value, kinds):
         return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
-    whole, real = (int,), (int, float)
-    hint = " (for the most likely token use do_sample=False)"
-    table = [
-        ("max_new_tokens", whole, lambda x: x >= 1, "a whole number of at least 1"),
-        ("max_length", whole, lambda x: x >= 1, "a whole number of at least 1"),
-        ("max_cache_len", whole, lambda x: x >= 1, "a whole number of at least 1"),
-        ("temperature", real, lambda x: x > 0, "a number above 0" + hint),
-        ("top_k", whole, lambda x: x >= 0, "a whole number, 0 to keep all"),
-        ("top_p", real, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
-        ("min_p", real, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
-        ("repetition_penalty", real, lambda x: x > 0, "a number above 0"),
-        ("pad_token_id", whole, lambda x: x >= 0, "a token id"),
-        ("bos_token_id", whole, lambda x: x >= 0, "a token id"),
-    ]
-    for name, kinds, holds, limit in table:
+    at_least_1 = ("a whole number of at least 1", int, lambda x: x >= 1)
+    token = ("a token id", int, lambda x: x >= 0)
+    number = ("a number", (int, float), lambda x: True)
+    table = {
+        **dict.fromkeys(("max_new_tokens", "max_length", "max_cache_len"), at_least_1),
+        **dict.fromkeys(("pad_token_id", "bos_token_id"), token),
+        **dict.fromkeys(("temperature", "top_p", "min_p"), number),
+        "top_k": ("a whole number", int, lambda x: True),
+        "repetition_penalty": ("a number above 0", (int, float), lambda x: x > 0),
+    }
+    for name, (limit, kinds, holds) in table.items():
         value = getattr(config, name)
         if value is not None and not (is_number(value, kinds) and holds(value)):
             raise ValueError(f"{name} is {value!r}, must be {limit}, or None")
     if not isinstance(config.do_sample, bool):
         raise ValueError(f"do_sample is {config.do_sample!r}, must be True or False")
-    for token in config.eos_token_ids:
-        if not is_number(token, whole) or token < 0:
+    for end in config.eos_token_ids:
+        if not is_number(end, int) or end < 0:
             raise ValueError(
                 f"eos_token_id is {config.eos_token_id!r}, must be an id, a list of ids or None"
             )

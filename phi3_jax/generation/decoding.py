@@ -12,6 +12,7 @@ anew from its own tokens and leaves the other rows' slots alone, and the loop go
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
-from phi3_jax.generation.config import GenerationConfig
+from phi3_jax.generation.config import SAMPLING_SETTINGS, GenerationConfig
 from phi3_jax.generation.processors import Settings
+from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.rope import RopeTables, rope_tables, rows_are_long
 from phi3_jax.sharding import active_mesh, constrain, mesh_of, replicate
 
@@ -114,7 +116,7 @@ def prefill(
         rope=rope,
     )
     logits_BV = constrain(out.logits[:, 0].astype(jnp.float32), None, None)
-    return logits_BV, out.cache.truncate(length)
+    return logits_BV, out.cache.truncate(length).settled()
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -122,7 +124,7 @@ def decode_step(
     model: nn.Module, params: Any, state: DecodeState, settings: Settings, rope: RopeTables
 ) -> DecodeState:
     """Runs the token chosen last and chooses the next; arguments as in `prefill`."""
-    return _step(model, params, state, settings, rope)
+    return _settled(_step(model, params, state, settings, rope))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -135,11 +137,12 @@ def decode_loop(
     max_new_tokens: jax.Array,
 ) -> DecodeState:
     """Repeats the step until every row has ended, there are max_new_tokens, or a row crosses."""
-    return lax.while_loop(
+    state = lax.while_loop(
         lambda state: _goes_on(state, max_new_tokens) & ~crossing_rows(model.config, state).any(),
         lambda state: _step(model, params, state, settings, rope),
         state,
     )
+    return _settled(state)
 
 
 def _step(model, params, state, settings, rope) -> DecodeState:
@@ -175,7 +178,7 @@ def _first_state(logits_BV, cache, long_B, position_B, seen_BV, settings, key) -
         seen_BV=seen_BV,
         key=key,
     )
-    return _append(state, logits_BV, settings)
+    return _settled(_append(state, logits_BV, settings))
 
 
 def _append(state: DecodeState, logits_BV: jax.Array, settings: Settings) -> DecodeState:
@@ -184,15 +187,28 @@ def _append(state: DecodeState, logits_BV: jax.Array, settings: Settings) -> Dec
     token_B = jnp.where(state.done_B, settings.pad_id, token_B)
     ended_B = (token_B[:, None] == settings.eos_ids[None, :]).any(axis=1)
     new_BS = lax.dynamic_update_slice_in_dim(state.new_BS, token_B[:, None], state.step, axis=1)
-    # Every process reads these on its host.
     return dataclasses.replace(
         state,
-        token_B=constrain(token_B, None),
-        done_B=constrain(state.done_B | ended_B, None),
-        new_BS=constrain(new_BS, None, None),
+        token_B=token_B,
+        done_B=state.done_B | ended_B,
+        new_BS=new_BS,
         step=state.step + 1,
         seen_BV=None if seen_BV is None else seen_BV.at[rows_B, token_B].set(True),
     )
+
+
+def _settled(state: DecodeState) -> DecodeState:
+    """The state in the one layout that every step takes and gives, so that none compiles twice.
+
+    What the driver reads is on every device: each process's host can see it.
+    """
+    everywhere = ("token_B", "position_B", "long_B", "done_B", "new_BS", "step")
+    arrays = {name: getattr(state, name) for name in everywhere}
+    arrays = {name: constrain(array, *[None] * array.ndim) for name, array in arrays.items()}
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = constrain(seen_BV, "batch", None)
+    return dataclasses.replace(state, **arrays, seen_BV=seen_BV, cache=state.cache.settled())
 
 
 def _goes_on(state: DecodeState, max_new_tokens) -> jax.Array:
@@ -376,24 +392,40 @@ def _request(
     model, params, input_ids, attention_mask, generation_config, seed, mesh, overrides
 ) -> _Request:
     """Everything that can be refused is refused here, on the host."""
+    if not isinstance(model, Phi3ForCausalLM):
+        raise ValueError(
+            f"{type(model).__name__} has no head to generate with: Phi3ForCausalLM has"
+        )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, must be in [0, 2**63)")
     config = model.config
     settings = GenerationConfig.from_model_config(config)
-    for layer in (model.generation_config, generation_config, GenerationConfig(**overrides)):
+    given = GenerationConfig.from_call(overrides)
+    for layer in (model.generation_config, generation_config, given):
         settings = settings if layer is None else layer.over(settings)
-    settings.refuse_unsupported()
+    settings.check()
+    if not settings.do_sample and (idle := sorted(given.given & set(SAMPLING_SETTINGS))):
+        warnings.warn(f"{', '.join(idle)}: no effect without do_sample=True", stacklevel=3)
 
     input_ids, attention_mask = _checked_prompt(config, settings, input_ids, attention_mask)
     prompt = input_ids.shape[1]
     max_new_tokens = settings.new_tokens(prompt, config.max_position_embeddings)
     needed = prompt + max_new_tokens
-    if settings.max_cache_len is not None and needed > settings.max_cache_len:
+    room = settings.max_cache_len
+    if room is not None and needed > room:
+        way = f"ask for at most {room - prompt} new tokens" if prompt < room else "shorten it"
         raise ValueError(
             f"a prompt of {prompt} tokens and {max_new_tokens} new ones need {needed} places, and "
-            f"the cache has {settings.max_cache_len}; shorten the prompt, ask for at most "
-            f"{max(0, settings.max_cache_len - prompt)} new tokens, or make a longer cache"
+            f"the cache has {room}; {way}, or make a longer cache"
         )
-    capacity = bucket(settings.max_cache_len or needed)
-    mesh = mesh_of(params) if mesh is None else mesh
+    capacity = bucket(room or needed)
+    home = mesh_of(params)
+    if mesh is not None and home not in (None, mesh):
+        raise ValueError(
+            f"the parameters are on the mesh {dict(home.shape)}, not on {dict(mesh.shape)}; load "
+            "them with from_pretrained(..., mesh=mesh)"
+        )
+    mesh = home if mesh is None else mesh
     return _Request(
         # The folder's settings are in `settings` now; without them the program is the same for all.
         model=model.clone(generation_config=None),
@@ -410,7 +442,10 @@ def _request(
 
 
 def _checked_prompt(config, settings, input_ids, attention_mask):
-    ids = np.asarray(input_ids)
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:  # rows of unequal length
+        ids = np.empty(0)
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"input_ids has shape {ids.shape} and dtype {ids.dtype}, expected whole numbers "

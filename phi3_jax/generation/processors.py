@@ -14,12 +14,16 @@ def top_k(logits_BV: jax.Array, k: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(logits_BV < kth[:, None], -jnp.inf, logits_BV)
 
 
-def top_p(logits_BV: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
-    """Keeps the smallest set of most likely tokens whose mass is at least p (TopPLogitsWarper)."""
+def top_p(logits_BV: jax.Array, tail: jax.typing.ArrayLike) -> jax.Array:
+    """Keeps the smallest set of most likely tokens whose mass is at least p (TopPLogitsWarper).
+
+    tail is 1 - p, subtracted in float64 as in the reference: for p = 0.8 and a token of just that
+    mass, float32 would keep one token more.
+    """
     order = jnp.argsort(logits_BV, axis=-1)
     ascending = jnp.take_along_axis(logits_BV, order, axis=-1)
     mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-    removed = (mass <= 1 - p).at[:, -1].set(False)
+    removed = (mass <= tail).at[:, -1].set(False)
     ascending = jnp.where(removed, -jnp.inf, ascending)
     return jnp.put_along_axis(logits_BV, order, ascending, axis=-1, inplace=False)
 
@@ -86,9 +90,10 @@ class Settings:
             repetition_penalty=number(config.repetition_penalty, 1.0, jnp.float32),
             temperature=warper(config.temperature, 1.0, jnp.float32),
             top_k=warper(config.top_k, 0, jnp.int32),
-            top_p=warper(config.top_p, 1.0, jnp.float32),
+            top_p=None if config.top_p is None else warper(1.0 - config.top_p, 0.0, jnp.float32),
             min_p=warper(config.min_p, 0.0, jnp.float32),
-            eos_ids=jnp.asarray(eos_ids, jnp.int32),
+            # As wide for one end as for eight, so that one more compiles nothing.
+            eos_ids=jnp.asarray(eos_ids + [-1] * (8 - len(eos_ids) % 8), jnp.int32),
             pad_id=jnp.asarray(pad_id, jnp.int32),
             do_sample=config.do_sample,
         )

@@ -1,8 +1,10 @@
 """Prefill, steps, streams: what stops a row, what compiles, what is refused."""
 
 import functools
+from collections import Counter
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +21,16 @@ from reference import (
 import phi3_jax as phi3
 from phi3_jax.generation import decoding
 from phi3_jax.generation.config import GenerationConfig
-from phi3_jax.generation.decoding import bucket, decode_loop, decode_step, prefill, stream
+from phi3_jax.generation.decoding import bucket, stream
+from phi3_jax.sharding import abstract_params
+
+# How often each program was compiled, by its name.
+COMPILED: Counter[str] = Counter()
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **facts: (
+        COMPILED.update([facts.get("fun_name", "?")]) if "backend_compile" in event else None
+    )
+)
 
 
 @functools.cache
@@ -168,20 +179,21 @@ def test_repetition_penalty_spares_padding():
 def test_nothing_compiles_while_decoding_or_for_another_length():
     model, params = model_and_params("gqa")
     new = dict(max_new_tokens=4, do_sample=True, temperature=2.0, max_cache_len=64)
-    run = lambda width, **kw: phi3.generate(  # noqa: E731
-        model, params, tokens(2, width), eos_token_id=None, **{**new, **kw}
-    )
-    list(stream(model, params, tokens(2, 3), **new))
+
+    def run(width, **changes):
+        settings = {"eos_token_id": None, **new, **changes}
+        phi3.generate(model, params, tokens(2, width), **settings)
+        list(stream(model, params, tokens(2, width), **settings))
+
     run(3)
-    before = [f._cache_size() for f in (prefill, decode_step, decode_loop)]
+    before = COMPILED.copy()
     run(7)
-    run(15, max_new_tokens=30, temperature=0.3, top_k=7, seed=9)
-    list(stream(model, params, tokens(2, 11), **new))
-    assert [f._cache_size() for f in (prefill, decode_step, decode_loop)] == before
-    run(17)  # the next bucket: one more prefill, no other step
-    assert [f._cache_size() for f in (prefill, decode_step, decode_loop)] == [
-        before[0] + 1, *before[1:],
-    ]  # fmt: skip
+    run(15, max_new_tokens=30, temperature=0.3, top_k=7, seed=9, eos_token_id=[5, 6])
+    assert COMPILED == before
+    run(17)  # the next bucket: one more prefill, and the steps stay as they are
+    new = COMPILED - before
+    assert new["jit(prefill)"] == 1
+    assert not {"jit(decode_step)", "jit(decode_loop)", "jit(_first_state)"} & new.keys()
 
 
 def test_padding_is_inferred_unless_it_is_an_end():
@@ -209,11 +221,17 @@ def test_padding_is_inferred_unless_it_is_an_end():
         ([[3, 4]], {"max_new_tokens": 7, "max_cache_len": 8}, "at most 6 new tokens"),
         ([[3, 4]], {"max_length": 2}, "max_length is 2"),
         ([[3, 4]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ([[3, 4]], {"temperature": 0.0}, "do_sample=False"),
-        ([[3, 4]], {"top_p": 1.5}, "top_p is 1.5"),
+        ([[3, 4]], {"do_sample": True, "temperature": 0.0}, "do_sample=False"),
+        ([[3, 4]], {"do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
+        ([[3, 4]], {"top_p": "x"}, "top_p is 'x'"),
+        ([[3, 4]], {"seed": 2**64}, "seed is"),
+        ([[3, 4]], {"extra": 3}, "setting 'extra'"),
+        ([[3, 4], [5]], {}, "pad shorter rows on the left"),
+        ([[3] * 600], {}, "600 tokens and the model 512 positions"),
+        ([[3] * 9], {"max_cache_len": 8, "max_new_tokens": 1}, "shorten it"),
         ([[3, 4]], {"max_new_token": 3}, "did you mean 'max_new_tokens'"),
         ([[3, 4]], {"pad_token_id": 99}, "pad_token_id is 99"),
-        ([[3, 4]], {"num_beams": 4}, "'num_beams' is not supported"),
+        ([[3, 4]], {"num_beams": 4}, "num_beams is 4, which is not supported"),
     ],
 )
 def test_refused_before_anything_runs(ids, settings, words, monkeypatch):
@@ -232,11 +250,80 @@ def test_folder_settings_that_are_not_here_are_refused(tmp_path):
     config = GenerationConfig.from_pretrained(tmp_path)
     assert config.eos_token_ids == (2, 5) and config.top_p == 1.0
     model, params = model_and_params("gqa")
-    with pytest.raises(ValueError, match="num_beams to 4, which is not supported"):
+    with pytest.raises(ValueError, match="num_beams is 4, which is not supported"):
         phi3.generate(model.clone(generation_config=config), params, [[3]])
+    beamless = GenerationConfig.from_call(
+        {"num_beams": 1, "suppress_tokens": [], "penalty_alpha": None}
+    )
+    phi3.generate(model.clone(generation_config=config), params, [[3]], generation_config=beamless)
     config.save_pretrained(tmp_path)
     again = GenerationConfig.from_pretrained(tmp_path)
     assert again == config and again.extra["transformers_version"] == "4.39.3"
+
+
+def test_a_folder_may_say_greedy_with_temperature_zero(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.0}')
+    model, params = model_and_params("gqa")
+    config = GenerationConfig.from_pretrained(tmp_path)
+    phi3.generate(model.clone(generation_config=config), params, [[3]], max_new_tokens=1)
+
+
+def test_numpy_values_are_taken():
+    ids = tokens(1, 4)
+    plain = generate(ids, max_new_tokens=4, eos_token_id=[7, 8])
+    numpy = generate(ids, max_new_tokens=np.int64(4), eos_token_id=np.array([7, 8]))
+    np.testing.assert_array_equal(plain, numpy)
+
+
+def test_sampling_settings_without_sampling_are_said_to_be_idle():
+    with pytest.warns(UserWarning, match="temperature: no effect without do_sample"):
+        generate(tokens(1, 4), max_new_tokens=2, temperature=0.7)
+
+
+def test_default_length_ends_at_the_last_position():
+    model, params = model_and_params("gqa")
+    ids = tokens(1, 505)
+    assert phi3.generate(model, params, ids, eos_token_id=None).sequences.shape == (1, 512)
+
+
+def test_a_model_without_a_head_is_refused():
+    model, params = model_and_params("gqa")
+    with pytest.raises(ValueError, match="Phi3Model has no head"):
+        phi3.generate(phi3.Phi3Model(model.config), params["model"], [[3]])
+
+
+def test_parameters_on_another_mesh_are_refused():
+    model, params = model_and_params("gqa")
+    mesh, other = phi3.make_mesh(1, 2, 4), phi3.make_mesh(2, 2, 2)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    sharded = jax.tree.map(jax.device_put, params, places)
+    with pytest.raises(ValueError, match="the parameters are on the mesh"):
+        phi3.generate(model, sharded, [[3]], mesh=other)
+
+
+@pytest.mark.parametrize("case", ["gqa", "longrope"])
+def test_nothing_compiles_while_decoding_on_a_mesh(case):
+    """With the batch sharded, and rows that cross; and the tokens are those of one device."""
+    model, params = model_and_params(case)
+    mesh = phi3.make_mesh(2, 2, 2)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    sharded = jax.tree.map(jax.device_put, params, places)
+    ids, mask = left_padded(prompts((7, 12, 16, 15)))
+    new = dict(max_new_tokens=7, eos_token_id=None)
+    steps_compiled = COMPILED["jit(decode_step)"]
+    pieces = stream(model, sharded, ids, mask, **new)
+    got = [next(pieces), next(pieces)]
+    before = COMPILED.total()
+    for piece in pieces:
+        got.append(piece)
+        crossing = case == "longrope" and len(got) in (3, 6, 7)
+        assert COMPILED.total() == before or crossing, COMPILED
+        before = COMPILED.total()
+    assert COMPILED["jit(decode_step)"] == steps_compiled + 1
+    alone = phi3.generate(model, params, ids, mask, **new).sequences
+    np.testing.assert_array_equal(np.stack(got, axis=1), alone[:, ids.shape[1] :])
+    looped = phi3.generate(model, sharded, ids, mask, **new).sequences
+    np.testing.assert_array_equal(looped, alone)
 
 
 def test_prompt_lengths_cover_the_line():

@@ -20,7 +20,12 @@ ROPES = {
     "longrope_partial": {"rope_parameters": PARTIAL_LONGROPE},
 }
 GRID = list(itertools.product(ROPES, (6, 3, 1), (True, False), (None, 5)))
-DRAWN = random.Random(0).sample(GRID, 10)
+# Three of each rope kind, windows and tied heads among them.
+DRAWN = [
+    drawn
+    for rope in ROPES
+    for drawn in random.Random(rope).sample([g for g in GRID if g[0] == rope], 3)
+]
 
 
 def both(rope, kv_heads, tied, window, **more):

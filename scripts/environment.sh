@@ -7,7 +7,7 @@ use_environment() {
   local folder=$1 extras=$2
   if [ -n "${VIRTUAL_ENV:-}" ]; then
     folder=$VIRTUAL_ENV
-  elif [ ! -x "$folder/bin/python" ]; then
+  elif ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
     "$(find_python)" -m venv "$folder"
   fi
   PYTHON=$folder/bin/python

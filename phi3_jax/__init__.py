@@ -18,7 +18,7 @@ _HOME = {
     "TextGenerator": "phi3_jax.text.generator",
     "Tokenizer": "phi3_jax.text.tokenizer",
     "from_pretrained": "phi3_jax.checkpoint",
-    "generate": "phi3_jax.generation.decoding",
+    "generate": "phi3_jax.generation.request",
     "make_mesh": "phi3_jax.sharding",
     "save_pretrained": "phi3_jax.checkpoint",
 }
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from phi3_jax.checkpoint import save_pretrained as save_pretrained
     from phi3_jax.config import Phi3Config as Phi3Config
     from phi3_jax.generation.config import GenerationConfig as GenerationConfig
-    from phi3_jax.generation.decoding import generate as generate
+    from phi3_jax.generation.request import generate as generate
     from phi3_jax.model import Phi3ForCausalLM as Phi3ForCausalLM
     from phi3_jax.model import Phi3Model as Phi3Model
     from phi3_jax.sharding import make_mesh as make_mesh

@@ -23,7 +23,7 @@ process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
 import numpy as np
 import phi3_jax as phi3
-from phi3_jax.generation import decoding
+from phi3_jax.generation.request import stream
 from reference import left_padded, prompts
 assert jax.device_count() == 8 and jax.local_device_count() == 4
 mesh = phi3.make_mesh(data=2, fsdp=2, tensor=2)
@@ -31,7 +31,7 @@ model, params = phi3.from_pretrained(folder, mesh=mesh)
 ids, mask = left_padded(prompts((7, 12, 16, 15)))  # four rows: each on its own devices
 new = dict(max_new_tokens=6, eos_token_id=None)
 result = phi3.generate(model, params, ids, mask, **new)
-steps = list(decoding.stream(model, params, ids, mask, **new))
+steps = list(stream(model, params, ids, mask, **new))
 assert (np.stack(steps, axis=1) == result.sequences[:, ids.shape[1] :]).all()
 print("RESULT", json.dumps(result.sequences.tolist()), flush=True)
 jax.distributed.shutdown()

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jax.sharding import Mesh
 
 from phi3_jax.generation.config import SAMPLING_SETTINGS
-from phi3_jax.generation.decoding import stream
+from phi3_jax.generation.request import stream
 from phi3_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]

@@ -19,9 +19,11 @@ from reference import (
 )
 
 import phi3_jax as phi3
-from phi3_jax.generation import decoding
+from phi3_jax.generation import request
 from phi3_jax.generation.config import GenerationConfig
-from phi3_jax.generation.decoding import bucket, stream
+from phi3_jax.generation.decoding import bucket
+from phi3_jax.generation.processors import Settings
+from phi3_jax.generation.request import stream
 from phi3_jax.sharding import abstract_params
 
 # How often each program was compiled, by its name.
@@ -65,13 +67,13 @@ def test_cache_across_the_line_is_that_of_a_fresh_prefill(case):
     """Whatever each row's crossing was, no slot is left with short factors (traps 11, 12)."""
     model, params = model_and_params(case)
     ids, mask = left_padded(prompts(), 1)
-    request = decoding._request(
+    asked = request.prepare(
         model, params, ids, mask, None, 0, None, {"max_new_tokens": 12, "eos_token_id": None}
     )
-    request.start()
-    request.run()
-    sequences, cache = request.sequences, request.state.cache
-    whole = decoding._request(model, params, sequences[:, :-1], np.pad(mask, ((0, 0), (0, 11)),
+    asked.start()
+    asked.run()
+    sequences, cache = asked.sequences, asked.state.cache
+    whole = request.prepare(model, params, sequences[:, :-1], np.pad(mask, ((0, 0), (0, 11)),
         constant_values=1), None, 0, None, {"max_new_tokens": 1})  # fmt: skip
     whole.start()
     used = int(cache.length)
@@ -80,23 +82,23 @@ def test_cache_across_the_line_is_that_of_a_fresh_prefill(case):
     for ours, fresh in (("k_LBSKH",) * 2, ("v_LBSKH",) * 2):
         a, b = getattr(cache, ours)[:, :, :used], getattr(whole.state.cache, fresh)[:, :, :used]
         np.testing.assert_allclose(a * valid, b * valid, rtol=1e-3, atol=1e-4)
-    assert request.state.long_B.all()
+    assert asked.state.long_B.all()
 
 
 def test_crossing_leaves_the_other_rows_alone():
     model, params = model_and_params("longrope")
     ids, mask = left_padded(prompts((16, 3)))
-    request = decoding._request(
+    asked = request.prepare(
         model, params, ids, mask, None, 0, None, {"max_new_tokens": 5, "eos_token_id": None}
     )
-    request.start()
-    before = np.asarray(request.state.cache.k_LBSKH)
-    request._cross()
-    after = np.asarray(request.state.cache.k_LBSKH)
-    assert request.state.long_B.tolist() == [True, False]
+    asked.start()
+    before = np.asarray(asked.state.cache.k_LBSKH)
+    asked._cross()
+    after = np.asarray(asked.state.cache.k_LBSKH)
+    assert asked.state.long_B.tolist() == [True, False]
     np.testing.assert_array_equal(after[:, 1], before[:, 1])
     assert (after[:, 0, 1:16] != before[:, 0, 1:16]).mean() > 0.9
-    assert int(request.state.cache.length) == 16
+    assert int(asked.state.cache.length) == 16
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -154,9 +156,7 @@ def test_sampling_follows_its_seed():
 
 def test_sampling_has_the_right_distribution():
     """20,000 draws against the softmax, by a chi-square test."""
-    settings = decoding.Settings.of(
-        GenerationConfig(do_sample=True, temperature=0.8, top_k=5), vocab_size=8
-    )
+    settings = Settings.of(GenerationConfig(do_sample=True, temperature=0.8, top_k=5), vocab_size=8)
     logits = jnp.linspace(-1, 1, 8)
     draw = jax.jit(lambda key: settings.choose(jnp.broadcast_to(logits, (1000, 8)), key))
     drawn = np.concatenate([draw(jax.random.key(seed)) for seed in range(20)])
@@ -193,7 +193,7 @@ def test_nothing_compiles_while_decoding_or_for_another_length():
     run(17)  # the next bucket: one more prefill, and the steps stay as they are
     new = COMPILED - before
     assert new["jit(prefill)"] == 1
-    assert not {"jit(decode_step)", "jit(decode_loop)", "jit(_first_state)"} & new.keys()
+    assert not {"jit(decode_step)", "jit(decode_loop)", "jit(first_state)"} & new.keys()
 
 
 def test_padding_is_inferred_unless_it_is_an_end():
@@ -235,7 +235,7 @@ def test_padding_is_inferred_unless_it_is_an_end():
     ],
 )
 def test_refused_before_anything_runs(ids, settings, words, monkeypatch):
-    monkeypatch.setattr(decoding, "prefill", None)
+    monkeypatch.setattr(request, "prefill", None)
     model, params = model_and_params("gqa")
     with pytest.raises(ValueError, match=words):
         phi3.generate(model, params, ids, **settings)

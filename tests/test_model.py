@@ -199,6 +199,7 @@ def test_initial_parameters():
 
 
 def test_unknown_ids_are_nan_not_a_neighbours_row():
+    """A gather would clamp or wrap (trap 22; generate() refuses such ids besides)."""
     model, params = model_and_params("gqa")
     for unknown in (97, -1):
         assert np.isnan(forward(model, params, [[3, unknown]]).logits[0, 1]).all()

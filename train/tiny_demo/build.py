@@ -34,7 +34,7 @@ from phi3_jax.folder import staged_folder
 from phi3_jax.model import IGNORED_LABEL
 from train.tiny_demo.tasks import KINDS, Chat, held_out_chats, training_chats
 
-STEPS = 1600
+STEPS = 2600
 PEAK_LEARNING_RATE = 4e-3
 # Chats are padded to the next of these widths, and a batch holds chats of one width: few programs
 # to compile, and little padding.

@@ -21,7 +21,7 @@ use_environment() {
 
 find_python() {
   local name
-  for name in "${PHI3_PYTHON:-python3}" python3.13 python3.12 python3.11; do
+  for name in python3 python3.13 python3.12 python3.11; do
     if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
         2>/dev/null; then
       echo "$name"

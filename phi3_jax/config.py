@@ -4,11 +4,13 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from phi3_jax.frozen_mapping import FrozenMapping, freeze, thaw
 
 MODEL_TYPE = "phi3"
 CONFIG_FILE = "config.json"
@@ -30,51 +32,6 @@ ACTIVATIONS = (
 
 _LONGROPE_NAMES = ("longrope", "su", "yarn")
 _FACTORS = ("short_factor", "long_factor")
-
-
-class FrozenMapping(Mapping[str, Any]):
-    """A read-only, hashable mapping; lists inside become tuples and dicts become FrozenMappings.
-
-    A config is a static argument of compiled functions, so all that it holds must have a hash.
-    """
-
-    def __init__(self, items: Mapping[str, Any] | None = None):
-        self._items = {key: _freeze(value) for key, value in (items or {}).items()}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __repr__(self) -> str:
-        return repr(self.thaw())
-
-    def thaw(self) -> dict[str, Any]:
-        """The same as plain dicts and lists, as JSON has them."""
-        return {key: _thaw(value) for key, value in self._items.items()}
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return FrozenMapping(value)
-    if isinstance(value, list | tuple):
-        return tuple(_freeze(item) for item in value)
-    return value
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, FrozenMapping):
-        return value.thaw()
-    if isinstance(value, tuple):
-        return [_thaw(item) for item in value]
-    return value
 
 
 @dataclass(frozen=True)
@@ -134,7 +91,7 @@ class Phi3Config:
         _check_heads(self)
         if self.head_dim is None:
             fill("head_dim", self.hidden_size // self.num_attention_heads)
-        fill("eos_token_id", _freeze(self.eos_token_id))
+        fill("eos_token_id", freeze(self.eos_token_id))
         fill("extra", FrozenMapping(self.extra))
         # The reference lets rope_scaling win where both are given.
         rope = rope_scaling or self.rope_parameters
@@ -220,7 +177,7 @@ class Phi3Config:
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that transformers 5 loads as the same model."""
         fields = {
-            field.name: _thaw(getattr(self, field.name))
+            field.name: thaw(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if field.name not in ("extra", "head_dim")
         }
@@ -228,7 +185,7 @@ class Phi3Config:
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             fields["head_dim"] = self.head_dim
         head = {"architectures": ["Phi3ForCausalLM"], "model_type": MODEL_TYPE}
-        return {**head, **fields, **_thaw(self.extra)}
+        return {**head, **fields, **thaw(self.extra)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` into a folder, which is made if it is not there."""

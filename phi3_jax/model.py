@@ -265,6 +265,7 @@ class Phi3Model(nn.Module):
         Args:
           input_ids: int [B, T], ids below vocab_size.
           attention_mask: [B, T] for the tokens of this call; nonzero is a token, zero is padding.
+            It and position_ids may be [1, T], for all rows.
           position_ids: int [B, T]; by default the columns counted from the start of the cache,
             with padding or without, as in the reference's forward.
           cache: what earlier calls left; the tokens of this call attend to it and are added to

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 # What each module may import of this repository: itself apart, only what stands in a line before.
 ORDER = [
-    {"phi3_jax.config", "phi3_jax.safetensors_files"},
+    {"phi3_jax.frozen_mapping", "phi3_jax.safetensors_files"},
+    {"phi3_jax.config"},
     {"phi3_jax.folder"},
     {"phi3_jax.generation.config"},
     {"phi3_jax.rope", "phi3_jax.sharding"},

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.config import FrozenMapping, Phi3Config, as_token_ids, unknown_name
+from phi3_jax.config import Phi3Config, as_token_ids, unknown_name
+from phi3_jax.frozen_mapping import FrozenMapping
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

@@ -92,8 +92,8 @@ class Settings:
             top_k=warper(config.top_k, 0, jnp.int32),
             top_p=None if config.top_p is None else warper(1.0 - config.top_p, 0.0, jnp.float32),
             min_p=warper(config.min_p, 0.0, jnp.float32),
-            # As wide for one end as for eight, so that one more compiles nothing.
-            eos_ids=jnp.asarray(eos_ids + [-1] * (8 - len(eos_ids) % 8), jnp.int32),
+            # Filled up to eight with what no token is, so that one more end compiles nothing.
+            eos_ids=jnp.asarray(eos_ids + [-1] * (8 - len(eos_ids)), jnp.int32),
             pad_id=jnp.asarray(pad_id, jnp.int32),
             do_sample=config.do_sample,
         )

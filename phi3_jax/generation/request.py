@@ -233,10 +233,11 @@ def prepare(
         )
     capacity = bucket(room or needed)
     home = mesh_of(params)
-    if mesh is not None and home not in (None, mesh):
+    if mesh is not None and mesh.size > 1 and home != mesh:
+        place = "one device" if home is None else f"the mesh {dict(home.shape)}"
         raise ValueError(
-            f"the parameters are on the mesh {dict(home.shape)}, not on {dict(mesh.shape)}; load "
-            "them with from_pretrained(..., mesh=mesh)"
+            f"the parameters are on {place}, not on the mesh {dict(mesh.shape)}; load them with "
+            "from_pretrained(..., mesh=mesh)"
         )
     mesh = home if mesh is None else mesh
     return Request(

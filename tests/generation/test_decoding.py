@@ -299,6 +299,8 @@ def test_parameters_on_another_mesh_are_refused():
     sharded = jax.tree.map(jax.device_put, params, places)
     with pytest.raises(ValueError, match="the parameters are on the mesh"):
         phi3.generate(model, sharded, [[3]], mesh=other)
+    with pytest.raises(ValueError, match="the parameters are on one device"):
+        phi3.generate(model, params, [[3]], mesh=other)
 
 
 @pytest.mark.parametrize("case", ["gqa", "longrope"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.frozen_mapping import FrozenMapping, freeze, thaw
+from phi3_jax.rope_parameters import standard_rope
 
 MODEL_TYPE = "phi3"
 CONFIG_FILE = "config.json"
@@ -30,8 +31,8 @@ ACTIVATIONS = (
     "tanh",
 )
 
-_LONGROPE_NAMES = ("longrope", "su", "yarn")
-_FACTORS = ("short_factor", "long_factor")
+# What a sequence classifier's labels are; None leaves it to the labels that it is given.
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Phi3Config:
     partial_rotary_factor. "su" is another name of longrope. "yarn" is stored as longrope with the
     attention factor 0.1 * ln(max / original) + 1 of Microsoft's original model code; transformers
     from version 5 on computes sqrt(1 + ln(max / original) / ln(original)) for it instead.
+
+    The classification heads have as many labels as `id2label`, two by default; `num_labels`, which
+    can be read as well, gives LABEL_0 and so on in its place. Beside names of another number it is
+    refused, where transformers drops the names. Without `label2id` that is the inverse.
 
     Keys of a config.json that are not fields are kept in `extra` and saved again. To change sizes
     of a config, pass `{**config.to_dict(), ...}` to `from_dict`: dataclasses.replace keeps what was
@@ -59,7 +64,7 @@ class Phi3Config:
     intermediate_size: int = 8192
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    # Three fields may be left None and are resolved; whoever reads them finds a value.
+    # Some fields may be left None and are resolved; whoever reads them finds a value.
     num_key_value_heads: int = None  # ty: ignore[invalid-assignment]
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0  # declared by the reference and never applied there, nor here
@@ -77,13 +82,21 @@ class Phi3Config:
     pad_token_id: int | None = 32000
     sliding_window: int | None = None
     head_dim: int = None  # ty: ignore[invalid-assignment]
+    id2label: Mapping[int, str] = None  # ty: ignore[invalid-assignment]
+    label2id: Mapping[str, int] = None  # ty: ignore[invalid-assignment]
+    problem_type: str | None = None
+    # Of the token classifier: the first that is not None counts, else 0.1.
+    classifier_dropout: float | None = None
+    hidden_dropout: float | None = None
+    token_classification_bias: bool = True
     extra: Mapping[str, Any] = FrozenMapping()
 
+    num_labels: InitVar[int] = None  # ty: ignore[invalid-assignment]
     rope_scaling: InitVar[Mapping[str, Any] | None] = None
     rope_theta: InitVar[float | None] = None
     partial_rotary_factor: InitVar[float | None] = None
 
-    def __post_init__(self, rope_scaling, rope_theta, partial_rotary_factor):
+    def __post_init__(self, num_labels, rope_scaling, rope_theta, partial_rotary_factor):
         _check_fields(self)
         fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         if self.num_key_value_heads is None:
@@ -93,9 +106,17 @@ class Phi3Config:
             fill("head_dim", self.hidden_size // self.num_attention_heads)
         fill("eos_token_id", freeze(self.eos_token_id))
         fill("extra", FrozenMapping(self.extra))
+        fill("id2label", _standard_id2label(self.id2label, num_labels))
+        label2id = _inverse(self.id2label) if self.label2id is None else self.label2id
+        fill("label2id", FrozenMapping(label2id))
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type is 'single_label_classification', which needs at least 2 labels, and "
+                "num_labels is 1; use num_labels=2, or problem_type='regression'"
+            )
         # The reference lets rope_scaling win where both are given.
         rope = rope_scaling or self.rope_parameters
-        fill("rope_parameters", _standard_rope(self, rope, rope_theta, partial_rotary_factor))
+        fill("rope_parameters", standard_rope(self, rope, rope_theta, partial_rotary_factor))
 
     @property
     def rotary_dim(self) -> int:
@@ -126,8 +147,8 @@ class Phi3Config:
                 f"model_type is {model_type!r}, but this library runs {MODEL_TYPE!r} models only "
                 "(Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini and their fine-tunes)"
             )
-        names = {field.name for field in dataclasses.fields(cls)} | set(_INIT_ONLY)
-        known = {key: value for key, value in values.items() if key in names and key != "extra"}
+        names = _names()
+        known = {key: value for key, value in values.items() if key in names}
         extra = {key: value for key, value in values.items() if key not in known}
         # In a file the reference lets what is inside win; in a call two values are a mistake.
         inside = known.get("rope_scaling") or known.get("rope_parameters")
@@ -137,12 +158,13 @@ class Phi3Config:
         return cls(**known, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Phi3Config":
-        """Reads `config.json` in a folder.
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "Phi3Config":
+        """Reads `config.json` in a folder, with the overrides, fields by name, laid over it.
 
         Raises:
           FileNotFoundError: where there is none.
-          ValueError: where it is not JSON, or not a Phi-3 config.
+          ValueError: where it is not JSON, or not a Phi-3 config; for an unknown name, with the
+            nearest one that exists.
         """
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
@@ -153,8 +175,11 @@ class Phi3Config:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        for name in overrides:
+            if name not in _names():
+                raise ValueError(unknown_name("config field", name, sorted(_names())))
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(_overridden(values, overrides))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -184,6 +209,12 @@ class Phi3Config:
         # head_dim is not a field of the reference, but is honoured there where it is present.
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             fields["head_dim"] = self.head_dim
+        # As in transformers, a file says of classification only what is not default.
+        if self.id2label == _label_names(2) and self.label2id == _inverse(self.id2label):
+            del fields["id2label"], fields["label2id"]
+        for name in _CLASSIFICATION:
+            if fields[name] == getattr(Phi3Config, name):
+                del fields[name]
         head = {"architectures": ["Phi3ForCausalLM"], "model_type": MODEL_TYPE}
         return {**head, **fields, **thaw(self.extra)}
 
@@ -197,9 +228,22 @@ class Phi3Config:
 
 # The init-only arguments leave their default behind as a class attribute; readers get the value
 # in force instead. rope_scaling has no such reader: its content is rope_parameters.
-_INIT_ONLY = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+_INIT_ONLY = ("num_labels", "rope_scaling", "rope_theta", "partial_rotary_factor")
 for _name in ("rope_theta", "partial_rotary_factor"):
     setattr(Phi3Config, _name, property(lambda self, name=_name: self.rope_parameters[name]))
+Phi3Config.num_labels = property(lambda self: len(self.id2label))  # ty: ignore
+_CLASSIFICATION = (
+    "problem_type",
+    "classifier_dropout",
+    "hidden_dropout",
+    "token_classification_bias",
+)
+
+
+def _names() -> set[str]:
+    """All that a config can be given by name."""
+    fields = {field.name for field in dataclasses.fields(Phi3Config)}
+    return fields - {"extra"} | set(_INIT_ONLY)
 
 
 def as_token_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
@@ -230,9 +274,15 @@ def _check_fields(config: Phi3Config) -> None:
         (float, ("resid_pdrop", "embd_pdrop", "attention_dropout"), rate),
         (float, ("rms_norm_eps",), above_zero),
         (float, ("initializer_range",), ("0 or above", lambda x: 0 <= x < math.inf)),
-        (bool, ("use_cache", "tie_word_embeddings"), None),
+        (int | float | None, ("classifier_dropout", "hidden_dropout"), rate),
+        (bool, ("use_cache", "tie_word_embeddings", "token_classification_bias"), None),
+        (
+            str | None,
+            ("problem_type",),
+            (f"one of {', '.join(PROBLEM_TYPES)}", PROBLEM_TYPES.__contains__),
+        ),
         (str, ("hidden_act",), (f"one of {', '.join(ACTIVATIONS)}", ACTIVATIONS.__contains__)),
-        (Mapping | None, ("rope_parameters",), None),
+        (Mapping | None, ("rope_parameters", "id2label", "label2id"), None),
         (Mapping, ("extra",), None),
     ]
     for kind, names, limit in table:
@@ -281,93 +331,50 @@ def _divisors(number: int, near: int) -> str:
     return f"{below}" if above == below else f"{below} or {above}"
 
 
-def _standard_rope(
-    config: Phi3Config,
-    given: Mapping[str, Any] | None,
-    rope_theta: float | None,
-    partial_rotary_factor: float | None,
-) -> FrozenMapping:
-    """`rope_parameters` in the one form used from here on.
+def _label_names(count: int) -> dict[int, str]:
+    return {index: f"LABEL_{index}" for index in range(count)}
 
-    Reference: RotaryEmbeddingConfigMixin of transformers 5 (`convert_rope_params_to_dict`,
-    `standardize_rope_params`, `validate_rope`).
-    """
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"rope_parameters is {given!r}, expected a mapping or None")
-    rope = dict(given or {})
-    for name, outside, default in (
-        ("rope_theta", rope_theta, 10000.0),
-        ("partial_rotary_factor", partial_rotary_factor, 1.0),
-    ):
-        if outside is not None and rope.get(name, outside) != outside:
-            raise ValueError(
-                f"{name} is {outside!r}, and {rope[name]!r} in rope_parameters; give it once"
-            )
-        rope.setdefault(name, default if outside is None else outside)
-    old_name = rope.pop("type", None)
-    rope_type = rope.get("rope_type") or old_name
-    if rope_type is None:
-        if factors := [name for name in _FACTORS if name in rope]:
-            raise ValueError(
-                f"rope_parameters holds {' and '.join(factors)} but no rope_type; "
-                "add rope_type 'longrope', or remove the factors for plain rope"
-            )
-        rope_type = "default"
-    if rope_type != "default" and rope_type not in _LONGROPE_NAMES:
+
+def _inverse(id2label: Mapping[int, str]) -> dict[str, int]:
+    return {label: index for index, label in id2label.items()}
+
+
+def _standard_id2label(given: Mapping[Any, str] | None, num_labels: int | None) -> FrozenMapping:
+    """`id2label` with ints as keys, which JSON has as strings."""
+    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+        raise ValueError(f"num_labels is {num_labels!r}, must be an int of at least 1")
+    if given is None:
+        return FrozenMapping(_label_names(2 if num_labels is None else num_labels))
+    for key, label in given.items():
+        if not str(key).isdecimal() or not isinstance(label, str):
+            raise ValueError(f"id2label has {key!r}: {label!r}, expected a number and a name")
+    labels = {int(key): label for key, label in given.items()}
+    if len(labels) != len(given) or not labels:
+        raise ValueError(f"id2label is {dict(given)!r}, expected at least 1 label, each id once")
+    if num_labels not in (None, len(labels)):
         raise ValueError(
-            f"rope_type is {rope_type!r}; Phi-3 has 'default' and 'longrope' "
-            "(also written 'su' or 'yarn')"
+            f"num_labels is {num_labels}, but id2label names {len(labels)} labels; give only one "
+            "of the two (num_labels with id2label=None for LABEL_0 and so on)"
         )
-    _check_number(rope, "rope_theta", "above 0", lambda x: 0 < x < math.inf)
-    _check_number(rope, "partial_rotary_factor", "in (0, 1]", lambda x: 0 < x <= 1)
-    rotary_dim = int(config.head_dim * rope["partial_rotary_factor"])
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(
-            f"head_dim {config.head_dim} times partial_rotary_factor "
-            f"{rope['partial_rotary_factor']} rotates {rotary_dim} dimensions; "
-            "it must be an even number of at least 2"
-        )
-    if rope_type == "default":
-        return FrozenMapping({**rope, "rope_type": "default"})
-
-    for name in _FACTORS:
-        _check_factors(rope, rope_type, name, rotary_dim // 2)
-    for name in ("factor", "attention_factor"):
-        if rope.get(name) is None:
-            rope.pop(name, None)
-        else:
-            _check_number(rope, name, "above 0", lambda x: 0 < x < math.inf)
-    # The reference lets the top-level field win over one inside.
-    original = config.original_max_position_embeddings
-    if original < 2:
-        raise ValueError(
-            f"original_max_position_embeddings is {original}, longrope needs at least 2"
-        )
-    rope["original_max_position_embeddings"] = original
-    if rope_type == "yarn" and "attention_factor" not in rope:
-        scale = rope.get("factor", config.max_position_embeddings / original)
-        rope["attention_factor"] = 1.0 if scale <= 1 else 0.1 * math.log(scale) + 1.0
-    return FrozenMapping({**rope, "rope_type": "longrope"})
+    return FrozenMapping(labels)
 
 
-def _check_number(rope: dict[str, Any], name: str, limit: str, holds) -> None:
-    value = rope[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-        raise ValueError(f"{name} is {value!r}, must be a number {limit}")
-
-
-def _check_factors(rope: dict[str, Any], rope_type: str, name: str, length: int) -> None:
-    if name not in rope:
-        raise ValueError(f"rope_type {rope_type!r} needs {name}, a list of {length} numbers")
-    factors = rope[name]
-    if not isinstance(factors, list | tuple):
-        raise ValueError(f"{name} is {factors!r}, expected a list of {length} numbers")
-    if len(factors) != length:
-        raise ValueError(
-            f"{name} has {len(factors)} numbers, expected {length}: one for each pair of rotated "
-            "dimensions, int(head_dim * partial_rotary_factor) // 2"
-        )
-    for index, value in enumerate(factors):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise ValueError(f"{name}[{index}] is {value!r}, must be a finite number above 0")
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's content with overrides laid over it, less what would stand against them."""
+    values = dict(values)
+    gone: tuple[str, ...] = ()
+    if "rope_parameters" in overrides or "rope_scaling" in overrides:
+        gone += ("rope_parameters", "rope_scaling")
+    if "id2label" in overrides:
+        gone += ("num_labels", "label2id")
+    elif "num_labels" in overrides:
+        named = values.get("id2label")
+        if named is not None and len(named) != overrides["num_labels"]:
+            gone += ("id2label", "label2id")
+    for name in gone:
+        values.pop(name, None)
+    for name in ("rope_parameters", "rope_scaling"):
+        # What is inside would win.
+        if isinstance(inside := values.get(name), Mapping):
+            values[name] = {key: value for key, value in inside.items() if key not in overrides}
+    return {**values, **overrides}

@@ -4,19 +4,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-class FrozenMapping(Mapping[str, Any]):
+class FrozenMapping(Mapping[Any, Any]):
     """A read-only, hashable mapping; lists inside become tuples and dicts become FrozenMappings.
 
     A config is a static argument of compiled functions, so all that it holds must have a hash.
     """
 
-    def __init__(self, items: Mapping[str, Any] | None = None):
+    def __init__(self, items: Mapping[Any, Any] | None = None):
         self._items = {key: freeze(value) for key, value in (items or {}).items()}
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         return self._items[key]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._items)
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class FrozenMapping(Mapping[str, Any]):
     def __repr__(self) -> str:
         return repr(self.thaw())
 
-    def thaw(self) -> dict[str, Any]:
+    def thaw(self) -> dict[Any, Any]:
         """The same as plain dicts and lists, as JSON has them."""
         return {key: thaw(value) for key, value in self._items.items()}
 

@@ -8,7 +8,7 @@ from reference import BASE, LONGROPE, PARTIAL_LONGROPE
 
 import phi3_jax as phi3
 from phi3_jax.config import ACTIVATIONS
-from phi3_jax.model import ACTIVATION_FUNCTIONS
+from phi3_jax.layers import ACTIVATION_FUNCTIONS
 from phi3_jax.rope import attention_factor
 
 FAMILY = {
@@ -120,6 +120,74 @@ def test_a_value_given_twice_is_refused_in_a_call_and_inner_in_a_file():
     assert phi3.Phi3Config.from_dict(in_file).rope_theta == 5000.0
 
 
+def test_labels_are_filled_in():
+    assert small().id2label == {0: "LABEL_0", 1: "LABEL_1"} and small().num_labels == 2
+    three = small(num_labels=3)
+    assert three.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2} and three.num_labels == 3
+    named = small(id2label={"0": "no", "1": "yes"}, num_labels=2)
+    assert named.id2label == {0: "no", 1: "yes"} and named.label2id == {"no": 0, "yes": 1}
+    assert small(label2id={"off": 0, "on": 1}).label2id == {"off": 0, "on": 1}
+    assert dataclasses.replace(named, num_hidden_layers=9).id2label == named.id2label
+    renamed = dataclasses.replace(named, num_labels=3, id2label=None, label2id=None)
+    assert renamed.id2label == three.id2label and renamed.label2id == three.label2id
+
+
+CLASSIFICATION = (
+    "id2label label2id problem_type classifier_dropout hidden_dropout token_classification_bias"
+).split()
+
+
+def test_default_labels_are_not_written():
+    assert not {"num_labels", *CLASSIFICATION} & small(num_labels=2).to_dict().keys()
+    told = small(
+        id2label={0: "a"},
+        problem_type="regression",
+        classifier_dropout=0.25,
+        hidden_dropout=0,
+        token_classification_bias=False,
+    )
+    assert set(CLASSIFICATION) <= told.to_dict().keys() and "num_labels" not in told.to_dict()
+    assert "id2label" in small(label2id={"off": 0, "on": 1}).to_dict()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id2label": {10: "ten", 2: "two"}},
+        {"num_labels": 4, "problem_type": "multi_label_classification"},
+        {"num_labels": 1, "hidden_dropout": 0.5, "token_classification_bias": False},
+        {"label2id": {"off": 0, "on": 1}, "classifier_dropout": 0},
+    ],
+)
+def test_labels_come_back_from_a_file(tmp_path, changes):
+    config = phi3.Phi3Config.from_dict({**small().to_dict(), **changes})
+    config.save_pretrained(tmp_path)
+    again = phi3.Phi3Config.from_pretrained(tmp_path)
+    assert again == config and hash(again) == hash(config)
+    assert all(isinstance(key, int) for key in again.id2label)
+
+
+def test_overrides_are_laid_over_the_file(tmp_path):
+    small(id2label={0: "no", 1: "yes"}, rope_parameters=LONGROPE).save_pretrained(tmp_path)
+    load = lambda **overrides: phi3.Phi3Config.from_pretrained(tmp_path, **overrides)  # noqa: E731
+    assert load(attention_dropout=0.5) == dataclasses.replace(load(), attention_dropout=0.5)
+    assert load(num_labels=2) == load()
+    assert load(num_labels=3).label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert load(id2label={0: "a", 1: "b"}).label2id == {"a": 0, "b": 1}
+    # What is inside rope_parameters would win over the same beside it in a file.
+    assert load(rope_theta=5.0).rope_parameters == {**load().rope_parameters, "rope_theta": 5.0}
+    assert load(rope_scaling={"type": "default"}).rope_parameters["rope_type"] == "default"
+    with pytest.raises(ValueError, match="'num_label'; did you mean 'num_labels'"):
+        load(num_label=3)
+    with pytest.raises(ValueError, match="unknown config field 'extra'"):
+        load(extra={})
+    with pytest.raises(ValueError, match=r"config\.json.*num_labels is 3, but id2label names 1"):
+        load(num_labels=3, id2label={0: "a"})
+    # Unlike those of dataclasses.replace, what follows from another size follows from the new one.
+    (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 9.0, **BASE}))
+    assert load(hidden_size=96).head_dim == 16 and load(rope_parameters=None).rope_theta == 9.0
+
+
 def test_lists_of_end_tokens():
     config = small(eos_token_id=[2, 5])
     assert config.eos_token_ids == (2, 5)
@@ -156,6 +224,22 @@ def test_activations_have_functions():
         ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "(0, 1]"]),
         ({"partial_rotary_factor": 0.4}, ["rotates 3", "even"]),
         ({"rope_theta": "x"}, ["rope_theta", "'x'"]),
+        ({"num_labels": 0}, ["num_labels is 0", "at least 1"]),
+        ({"num_labels": True}, ["num_labels is True", "int"]),
+        ({"num_labels": 3, "id2label": {0: "a"}}, ["num_labels is 3", "names 1", "only one"]),
+        ({"id2label": ["a", "b"]}, ["id2label is ['a', 'b']", "Mapping"]),
+        ({"id2label": {}}, ["id2label is {}", "at least 1"]),
+        ({"id2label": {"0": "a", 0: "b"}}, ["id2label", "once"]),
+        ({"id2label": {"x": "a"}}, ["id2label has 'x': 'a'", "a number and a name"]),
+        ({"id2label": {0: 7}}, ["id2label has 0: 7", "a number and a name"]),
+        ({"problem_type": "ranking"}, ["problem_type is 'ranking'", "regression, single_label"]),
+        (
+            {"problem_type": "single_label_classification", "num_labels": 1},
+            ["needs at least 2", "num_labels is 1", "'regression'"],
+        ),
+        ({"classifier_dropout": 1.0}, ["classifier_dropout", "[0, 1)"]),
+        ({"hidden_dropout": "0.1"}, ["hidden_dropout", "'0.1'", "float"]),
+        ({"token_classification_bias": 0}, ["token_classification_bias", "bool"]),
         (
             {"rope_parameters": LONGROPE, "original_max_position_embeddings": 1},
             ["original_max_position_embeddings is 1", "at least 2"],

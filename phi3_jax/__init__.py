@@ -14,12 +14,17 @@ _HOME = {
     "KVCache": "phi3_jax.cache",
     "Phi3Config": "phi3_jax.config",
     "Phi3ForCausalLM": "phi3_jax.model",
+    "Phi3ForSequenceClassification": "phi3_jax.classification",
+    "Phi3ForTokenClassification": "phi3_jax.classification",
     "Phi3Model": "phi3_jax.model",
     "TextGenerator": "phi3_jax.text.generator",
     "Tokenizer": "phi3_jax.text.tokenizer",
     "from_pretrained": "phi3_jax.checkpoint",
     "generate": "phi3_jax.generation.request",
+    "init_params": "phi3_jax.sharding",
     "make_mesh": "phi3_jax.sharding",
+    "resize_token_embeddings": "phi3_jax.resize",
+    "save_checkpoint": "phi3_jax.checkpoint",
     "save_pretrained": "phi3_jax.checkpoint",
 }
 
@@ -28,12 +33,19 @@ __all__ = sorted([*_HOME, "__version__"])
 if TYPE_CHECKING:
     from phi3_jax.cache import KVCache as KVCache
     from phi3_jax.checkpoint import from_pretrained as from_pretrained
+    from phi3_jax.checkpoint import save_checkpoint as save_checkpoint
     from phi3_jax.checkpoint import save_pretrained as save_pretrained
+    from phi3_jax.classification import (
+        Phi3ForSequenceClassification as Phi3ForSequenceClassification,
+    )
+    from phi3_jax.classification import Phi3ForTokenClassification as Phi3ForTokenClassification
     from phi3_jax.config import Phi3Config as Phi3Config
     from phi3_jax.generation.config import GenerationConfig as GenerationConfig
     from phi3_jax.generation.request import generate as generate
     from phi3_jax.model import Phi3ForCausalLM as Phi3ForCausalLM
     from phi3_jax.model import Phi3Model as Phi3Model
+    from phi3_jax.resize import resize_token_embeddings as resize_token_embeddings
+    from phi3_jax.sharding import init_params as init_params
     from phi3_jax.sharding import make_mesh as make_mesh
     from phi3_jax.text.generator import TextGenerator as TextGenerator
     from phi3_jax.text.tokenizer import Tokenizer as Tokenizer

@@ -2,8 +2,31 @@
 
 from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from phi3_jax.attention_kernels import SAVED_NAME, cudnn_attention, splash_attention
+from phi3_jax.sharding import Mesh
+
+
+@flax.struct.dataclass
+class Visible:
+    """What the queries of a call see, the same in every layer.
+
+    Attributes:
+      segment_BT: int32, a query sees only new keys of its own number; 0 is padding. None: one
+        document a row, without padding. For the fused implementations.
+      masks: for "xla", one mask a piece of keys, as `attend` takes them.
+      window: see `causal_mask`.
+      implementation: "xla", "splash" or "cudnn".
+    """
+
+    segment_BT: jax.Array | None
+    masks: Sequence[jax.Array]
+    window: int | None = flax.struct.field(pytree_node=False)
+    implementation: str = flax.struct.field(pytree_node=False)
 
 
 def causal_mask(query_T: jax.Array, key_S: jax.Array, window: int | None) -> jax.Array:
@@ -24,40 +47,87 @@ def causal_mask(query_T: jax.Array, key_S: jax.Array, window: int | None) -> jax
     return seen if window is None else seen & (distance < window)
 
 
+def document_runs(ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cuts rows where an id differs from the one before.
+
+    Returns:
+      int32 [B, T], the number of each run from 0 on, and int32 [B, T], the columns since its start.
+    """
+    starts_BT = jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)))
+    columns_T = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
+    first_BT = jax.lax.cummax(jnp.where(starts_BT, columns_T, 0), axis=1)
+    return jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), columns_T - first_BT
+
+
 def attend(
     q_BTKGH: jax.Array,
     keys: Sequence[jax.Array],
     values: Sequence[jax.Array],
-    masks: Sequence[jax.Array],
-) -> jax.Array:
-    """Softmax attention over one or more pieces of keys and values as if they were one.
-
-    The pieces are the cached tokens and the new ones: so the cache is only read here, and what is
-    new is written to it once for all layers.
+    visible: Visible,
+    mesh: Mesh | None = None,
+    dropout: tuple[float, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Softmax attention, by the implementation that `visible` names.
 
     Args:
       q_BTKGH: queries, grouped by the key-value head that they share.
-      keys, values: pieces [B, S, K, H], each with its own S.
-      masks: bool [B, T, S] a piece, True where a query sees a key.
+      keys, values: pieces [B, S, K, H], attended to as if they were one: the cached ones, and
+        those of this call. Only "xla" takes more than one piece, or dropout.
+      visible: what the queries see.
+      mesh: of the model; the fused kernels are laid out on it.
+      dropout: rate and key, for the probabilities.
 
     Returns:
-      [B, T, K, G, H] in the dtype of q. Scores and softmax are float32; probabilities are cast to
-      the dtype of q before they meet the values, as in the reference (`eager_attention_forward`).
-      A query that sees nothing gets the mean of all values: finite, and of no consequence.
+      [B, T, K, G, H] in the dtype of q, and the probabilities [B, K, G, T, S] of "xla", else None.
+    """
+    if visible.implementation == "xla":
+        out, probs = _attend_xla(q_BTKGH, keys, values, visible.masks, dropout)
+        return checkpoint_name(out, SAVED_NAME), probs
+    (k_BTKH,), (v_BTKH,) = keys, values
+    arguments = (q_BTKGH, k_BTKH, v_BTKH, visible.segment_BT, visible.window)
+    if visible.implementation == "splash":
+        return splash_attention(*arguments, mesh), None  # names its results itself
+    return checkpoint_name(cudnn_attention(*arguments), SAVED_NAME), None
+
+
+def _attend_xla(q_BTKGH, keys, values, masks, dropout):
+    """Scores and softmax are float32; probabilities are cast to the dtype of q before they meet the
+    values, as in the reference (`eager_attention_forward`).
+
+    masks: a piece, broadcast to [B, K, G, T, S]: bool, True where a query sees a key, or float32
+    to add to the scores. A query that sees nothing gets the mean of all values: finite, and of no
+    consequence.
     """
     scale = q_BTKGH.shape[-1] ** -0.5
     lowest = jnp.finfo(jnp.float32).min
     scores = []
-    for k_BSKH, mask_BTS in zip(keys, masks, strict=True):
-        score_BKGTS = jnp.einsum(
+    for k_BSKH, mask in zip(keys, masks, strict=True):
+        score_BKGTS = scale * jnp.einsum(
             "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
         )
-        scores.append(jnp.where(mask_BTS[:, None, None], score_BKGTS * scale, lowest))
+        if 1 < mask.shape[1] < k_BSKH.shape[2]:  # a caller's mask knows no padded heads
+            more = k_BSKH.shape[2] - mask.shape[1]
+            mask = jnp.pad(mask, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
+        if mask.dtype == bool:
+            score_BKGTS = jnp.where(mask, score_BKGTS, lowest)
+        else:
+            # Rows of nothing but -inf would be NaN.
+            score_BKGTS = jnp.maximum(score_BKGTS + mask, lowest)
+        scores.append(score_BKGTS)
     probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BTKGH.dtype)
+    if dropout is not None:
+        probs = _drop(probs, *dropout)
 
     out, start = jnp.zeros((), q_BTKGH.dtype), 0
     for v_BSKH in values:
         stop = start + v_BSKH.shape[1]
         out = out + jnp.einsum("BKGTS,BSKH->BTKGH", probs[..., start:stop], v_BSKH)
         start = stop
-    return out
+    return out, probs
+
+
+def _drop(probs_BKGTS: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Dropout whose draw for a key-value group does not depend on how many groups are padded."""
+    B, K, *rest = probs_BKGTS.shape
+    keep_KB = jax.random.bernoulli(key, 1.0 - rate, (K, B, *rest))
+    return jnp.where(jnp.moveaxis(keep_KB, 0, 1), probs_BKGTS / (1.0 - rate), 0)

@@ -1,15 +1,19 @@
 """The key-value cache: passed into a call and returned from it. Letters as in model.py."""
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.sharding import constrain
+from phi3_jax.sharding import constrain, padded_shape
+
+_NAMES = (None, "batch", None, "kv_heads", None)
 
 
 @flax.struct.dataclass
@@ -39,27 +43,31 @@ class KVCache:
 
     @classmethod
     def init(
-        cls, config: Phi3Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike
+        cls,
+        config: Phi3Config,
+        batch: int,
+        capacity: int,
+        dtype: jax.typing.DTypeLike,
+        mesh: Mesh | None = None,
     ) -> "KVCache":
-        """An empty cache of `capacity` slots a row."""
-        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (layers, batch, capacity, kv_heads, config.head_dim)
+        """An empty cache of `capacity` slots a row, for a model on this mesh."""
+        shape = (config.num_hidden_layers, batch, capacity, *_heads(config, mesh))
         return cls(
             k_LBSKH=jnp.zeros(shape, dtype),
             v_LBSKH=jnp.zeros(shape, dtype),
             valid_BS=jnp.zeros((batch, capacity), bool),
             length=jnp.zeros((), jnp.int32),
-        ).settled()
+        ).settled(mesh)
 
-    def settled(self) -> "KVCache":
-        """The cache laid out on the active mesh: rows and key-value heads over its axes."""
-        names = (None, "batch", None, "kv_heads", None)
+    def settled(self, mesh: Mesh | None) -> "KVCache":
+        """The cache laid out on a mesh: rows and key-value heads over its axes."""
+        place = functools.partial(constrain, mesh=mesh)
         return dataclasses.replace(
             self,
-            k_LBSKH=constrain(self.k_LBSKH, *names),
-            v_LBSKH=constrain(self.v_LBSKH, *names),
-            valid_BS=constrain(self.valid_BS, "batch", None),
-            length=constrain(self.length),
+            k_LBSKH=place(self.k_LBSKH, *_NAMES),
+            v_LBSKH=place(self.v_LBSKH, *_NAMES),
+            valid_BS=place(self.valid_BS, "batch", None),
+            length=place(self.length),
         )
 
     @property
@@ -67,19 +75,20 @@ class KVCache:
         """Slots a row."""
         return self.k_LBSKH.shape[2]
 
-    def check(self, config: Phi3Config, batch: int, tokens: int) -> None:
+    def check(self, config: Phi3Config, batch: int, tokens: int, mesh: Mesh | None) -> None:
         """Raises ValueError for a cache of another model or batch, or one without room for
         `tokens` more.
 
         Inside a compiled function the fill is not known; only a call longer than the whole cache
         is refused there, and the caller has to know that the rest fits.
         """
-        sizes = (config.num_hidden_layers, batch, config.num_key_value_heads, config.head_dim)
+        sizes = (config.num_hidden_layers, batch, *_heads(config, mesh))
         layers, rows, _, kv_heads, head_dim = self.k_LBSKH.shape
         if (layers, rows, kv_heads, head_dim) != sizes:
             raise ValueError(
                 f"the cache has (layers, rows, key-value heads, head dim) "
-                f"{(layers, rows, kv_heads, head_dim)}, this call needs {sizes}"
+                f"{(layers, rows, kv_heads, head_dim)}, this call needs {sizes}; make it with "
+                "KVCache.init and the config and mesh of the model"
             )
         used = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
         if used + tokens > self.capacity:
@@ -119,3 +128,8 @@ class KVCache:
         return dataclasses.replace(
             self, valid_BS=self.valid_BS & kept, length=jnp.asarray(length, jnp.int32)
         )
+
+
+def _heads(config: Phi3Config, mesh: Mesh | None) -> tuple[int, ...]:
+    """Key-value heads, padded as in the parameters, and their width."""
+    return padded_shape(("kv_heads", None), (config.num_key_value_heads, config.head_dim), mesh)

@@ -1,177 +1,46 @@
-"""Converted checkpoints (Orbax), and loading and saving models from and to both formats.
+"""Loading and saving models, from and to Hugging Face folders and converted ones, on any mesh.
 
-A converted folder holds the files that travel along (config, tokenizer) and `params/`, a checkpoint
-that plain Orbax restores as well. Its leaves are the stacked, unsharded ones of model.py, so that
-any mesh can load it. This is the only file that knows Orbax, and how its files are laid out.
+On disk every leaf is whole and has its own shape. In memory it is cut over the mesh, and padded at
+the end of the dimensions that the mesh does not divide; here is where one becomes the other, a
+layer at a time, so that no host ever holds a whole stacked leaf.
 """
 
-import json
-import math
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-import tensorstore
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from orbax.checkpoint import v1 as orbax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from phi3_jax.classification import Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.config import Phi3Config
-from phi3_jax.folder import PARAMS_FOLDER, find_folder, folder_kind, staged_folder
+from phi3_jax.folder import find_folder, flush, folder_kind
 from phi3_jax.generation.config import GenerationConfig
-from phi3_jax.hf_format import EMBEDDING, HFWeights, LeafPath, WeightTable, raise_problems
+from phi3_jax.hf_format import Head, HFWeights, LeafPath, WeightTable, raise_problems
 from phi3_jax.model import Phi3ForCausalLM, Phi3Model
+from phi3_jax.orbax_format import OrbaxWeights, OrbaxWriter, create_arrays
+from phi3_jax.processes import by_all, staged_by_all
+from phi3_jax.read_ahead import read_ahead
 from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsWriter
-from phi3_jax.sharding import abstract_params
+from phi3_jax.sharding import abstract_params, init_params
 
-# Kept in the checkpoint; a reader of another version refuses it.
-_FORMAT: dict[str, Any] = {"format": "phi3-jax", "format_version": 1}
-
-_READERS = 4
-
-
-# --- The converted format --------------------------------------------------------------------
-
-
-def _store(params_folder: Path, inside: str) -> dict[str, Any]:
-    """The TensorStore spec of the key-value store in which Orbax keeps all arrays."""
-    base = {"driver": "file", "path": f"{params_folder.resolve()}/state/"}
-    return {"driver": "ocdbt", "base": base, "path": inside}
-
-
-def _array(params_folder: Path, name: str) -> dict[str, Any]:
-    """The TensorStore spec of a leaf, as Orbax has it; data that is not there is an error."""
-    store = _store(params_folder, f"{name}/")
-    return {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
-
-
-class OrbaxWriter:
-    """Writes the leaves of a config into a new `params/` inside a folder, a layer at a time.
-
-    Orbax itself would want each stacked leaf whole in memory. So it is given a placeholder for each
-    leaf and writes the tree, and the arrays are then made anew in its storage, in the same format.
-    """
-
-    def __init__(self, folder: Path, table: WeightTable, leaves: Mapping[LeafPath, Leaf]):
-        params_folder = (folder / PARAMS_FOLDER).absolute()
-        placeholders = {path: np.zeros((1,), leaf.dtype) for path, leaf in leaves.items()}
-        orbax.save(str(params_folder), unflatten_dict(placeholders), custom_metadata=_FORMAT)
-        settings = {
-            # Zeros are data too.
-            "store_data_equal_to_fill_value": True,
-            # Once at the end, by `staged_folder`, not after every layer.
-            "context": {"file_io_sync": False},
-        }
-        self._arrays = {
-            path: tensorstore.open(
-                _array(params_folder, ".".join(path)) | settings,
-                create=True,
-                delete_existing=True,
-                dtype=tensorstore.dtype(leaf.dtype.name),
-                shape=leaf.shape,
-                chunk_layout=tensorstore.ChunkLayout(
-                    chunk_shape=_chunk_shape(table.weights[path].axes, leaf.shape)
-                ),
-            ).result()
-            for path, leaf in leaves.items()
-        }
-
-    def write(self, path: LeafPath, layer: int | None, array: np.ndarray) -> None:
-        """Writes one layer of a leaf, or a whole leaf that is not stacked."""
-        target = self._arrays[path]
-        (target if layer is None else target[layer]).write(array).result()
-
-
-def _chunk_shape(axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One layer, cut so that a mesh of up to eight along an axis reads only what it needs."""
-    if axes in ("D", "LD"):
-        return shape
-    pieces = {"L": shape[0]} | {
-        axis: math.gcd(size, 8) for axis, size in zip(axes, shape, strict=True) if axis in "DKFV"
-    }
-    return tuple(size // pieces.get(axis, 1) for axis, size in zip(axes, shape, strict=True))
-
-
-def open_arrays(folder: Path) -> tuple[dict[LeafPath, tensorstore.TensorStore], list[str]]:
-    """The arrays in a converted folder, of a whole model or not; no data is read.
-
-    Returns:
-      path -> array, and one line for each that cannot be opened.
-
-    Raises:
-      ValueError: where it is no checkpoint, or one of another format or version.
-    """
-    params_folder = folder / PARAMS_FOLDER
-    try:
-        metadata = json.loads((params_folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
-        written = metadata["custom_metadata"]
-        keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(params_folder)!r} is not a checkpoint: {_brief(error)}") from error
-    if written != _FORMAT:
-        raise ValueError(
-            f"{str(params_folder)!r} has the format {written}, this version of the library reads "
-            f"{_FORMAT}; convert the original weights again"
-        )
-    arrays, problems = {}, []
-    for key in keys:
-        name, _, file = key.decode().partition("/")
-        if file == "zarr.json":
-            try:
-                array = tensorstore.open(_array(params_folder, name), open=True).result()
-                arrays[tuple(name.split("."))] = array
-            except ValueError as error:
-                problems.append(f"{name}: {_brief(error)}")
-    return arrays, problems
-
-
-def _brief(error: Exception) -> str:
-    """An error without the spec that TensorStore adds to it."""
-    return str(error).partition(" [tensorstore_spec=")[0]
-
-
-def leaf_of(array: tensorstore.TensorStore) -> Leaf:
-    """What a stored array is."""
-    return Leaf(tuple(array.shape), array.dtype.numpy_dtype)
-
-
-class OrbaxWeights:
-    """The weights in a converted folder, checked against its config and read a layer at a time.
-
-    Attributes:
-      table: the WeightTable of the config.
-      leaves: path -> Leaf of our tree.
-
-    Raises:
-      ValueError: with all that is missing, unexpected, mis-shaped or broken, in one message.
-    """
-
-    def __init__(self, folder: Path, config: Phi3Config):
-        self.table = WeightTable(config)
-        self._folder = folder
-        self._arrays, problems = open_arrays(folder)
-        self.leaves = {path: leaf_of(array) for path, array in self._arrays.items()}
-        # What is there and does not open is not missing besides.
-        differences = [] if problems else self.table.differences(self.leaves)
-        raise_problems(f"the weights in {str(folder)!r}", problems + differences)
-
-    def read(self, path: LeafPath, layer: int | None, index: Any = ()) -> np.ndarray:
-        """One layer of a leaf, or the part of it at `index`."""
-        array = self._arrays[path]
-        part = array[index] if layer is None else array[(layer, *index)]
-        try:
-            return part.read().result()
-        except ValueError as error:
-            place = f"{'.'.join(path)} in {str(self._folder)!r}"
-            raise ValueError(f"{place} cannot be read: {_brief(error)}") from error
-
+_HEADS: dict[type[nn.Module], Head] = {
+    Phi3Model: "none",
+    Phi3ForCausalLM: "lm_head",
+    Phi3ForSequenceClassification: "score",
+    Phi3ForTokenClassification: "score_bias",
+}
 
 Weights = HFWeights | OrbaxWeights
+
+# Start and stop along each dimension.
+Ranges = tuple[tuple[int, int], ...]
 
 
 def open_weights(folder: Path, config: Phi3Config) -> Weights:
@@ -183,7 +52,7 @@ def open_weights(folder: Path, config: Phi3Config) -> Weights:
     return (HFWeights if folder_kind(folder) == "hf" else OrbaxWeights)(folder, config)
 
 
-# --- Models ----------------------------------------------------------------------------------
+# --- Loading ---------------------------------------------------------------------------------
 
 
 def from_pretrained(
@@ -191,43 +60,64 @@ def from_pretrained(
     model_class: type[nn.Module] = Phi3ForCausalLM,
     dtype: Any = "float32",
     mesh: Mesh | None = None,
+    **config_overrides: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Loads a model and its parameters, from safetensors or a converted checkpoint.
 
-    Each leaf goes straight into its shards; beside the parameters the host holds one leaf at most,
-    and each process reads what its own devices need.
+    Each layer goes straight into its shards; beside the parameters the host holds a few layers'
+    tensors, no two of one leaf, and each process reads what its own devices need.
+
+    The decoder of any folder serves any class. A classifier whose head is not in the folder gets a
+    new one, as the module's own `init` makes it, and a warning that names it.
 
     Args:
       folder: a model folder of either format, or the id of one on the Hugging Face hub.
-      model_class: Phi3ForCausalLM, or Phi3Model to leave the head out.
+      model_class: Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification, or
+        Phi3Model for the decoder alone.
       dtype: of parameters and activations; None for the stored one.
       mesh: where the parameters go; by default on the first device.
+      config_overrides: fields of Phi3Config, laid over those of the folder: num_labels=5.
 
     Returns:
       The module, with its `generation_config` from the folder, and the nested dict of parameters.
 
     Raises:
       FileNotFoundError: where there is no such folder, or no config.json in it.
-      ValueError: where the folder's weights are not those of its config.
+      ValueError: where the folder's weights are not those of its config with the overrides, or a
+        causal model's head is not there; for an override that is no field.
     """
     folder = find_folder(folder)
-    config = Phi3Config.from_pretrained(folder)
+    config = Phi3Config.from_pretrained(folder, **config_overrides)
     weights = open_weights(folder, config)
-    inside = ("model",) if issubclass(model_class, Phi3Model) else ()
-    kind = weights.leaves[EMBEDDING.path].dtype if dtype is None else _float_dtype(dtype)
+    kind = weights.leaves[weights.table.embedding].dtype if dtype is None else _float_dtype(dtype)
     model = model_class(
         config,
         dtype=kind,
         param_dtype=kind,
         generation_config=GenerationConfig.from_pretrained(folder),
+        mesh=mesh,
     )
-    params = {}
-    for name, leaf in flatten_dict(abstract_params(model, mesh)).items():
-        path = (*inside, *name)
-        stored = weights.leaves[path]
-        assert leaf.shape == stored.shape, path
-        leaf_dtype = stored.dtype if dtype is None else kind
-        params[name] = _load_leaf(weights, path, leaf.sharding, leaf_dtype)
+    leaves = flatten_dict(abstract_params(model))
+    places = {name: _stored_path(name, model, weights.table) for name in leaves}
+    missing = [name for name, path in places.items() if path not in weights.leaves]
+    _check_head(folder, model, places, weights)
+    targets = {
+        places[name]: jax.ShapeDtypeStruct(
+            leaf.shape,
+            weights.leaves[places[name]].dtype if dtype is None else kind,
+            sharding=leaf.sharding,
+        )
+        for name, leaf in leaves.items()
+        if name not in missing
+    }
+    loaded = _load(weights, targets)
+    params = {name: loaded[path] for name, path in places.items() if path in loaded}
+    if missing:
+        names = ", ".join(".".join(name) for name in missing)
+        warnings.warn(f"{str(folder)!r} has no {names}: new, and to be trained", stacklevel=2)
+        new = lambda: {name: flatten_dict(init_params(model))[name] for name in missing}  # noqa: E731
+        # The rest of what is initialised has no use in the program, and is not in it.
+        params |= jax.jit(new, out_shardings={name: leaves[name].sharding for name in missing})()
     return model, unflatten_dict(params)
 
 
@@ -239,35 +129,106 @@ def _float_dtype(dtype: Any) -> np.dtype:
     raise ValueError(f"dtype is {dtype!r}, must be one of {names}, or None for the stored one")
 
 
-def _load_leaf(weights: Weights, path: LeafPath, sharding, dtype: np.dtype) -> jax.Array:
-    shape = weights.leaves[path].shape
-    # Devices that hold the same part are given the same array.
-    parts: dict[tuple, np.ndarray] = {}
-
-    def part(index) -> np.ndarray:
-        ranges = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
-        if ranges not in parts:
-            parts[ranges] = np.empty([len(range(*axis)) for axis in ranges], dtype)
-            _read_into(parts[ranges], weights, path, index)
-        return parts[ranges]
-
-    # Waiting keeps the copies of two leaves from being in memory at once.
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part, dtype=dtype))
+def _stored_path(name: LeafPath, model: nn.Module, table: WeightTable) -> LeafPath:
+    """Where a leaf of the model is in the folder: the decoder's have "model" in front, or not."""
+    if isinstance(model, Phi3Model):
+        name = ("model", *name)
+    return name[1:] if table.head == "none" and name[0] == "model" else name
 
 
-def _read_into(out: np.ndarray, weights: Weights, path: LeafPath, index) -> None:
-    """Fills `out`, of any dtype, with the part of a leaf at `index`."""
-    layers = weights.table.layers(path)
-    if layers == [None]:
-        out[...] = weights.read(path, None, index)
-        return
+def _check_head(
+    folder: Path, model: nn.Module, places: Mapping[LeafPath, LeafPath], weights: Weights
+) -> None:
+    """Only a classifier's head may be new, and a classifier may not lose half of a stored one."""
+    problems = [
+        f"{'.'.join(name)}: missing"
+        for name, path in places.items()
+        if path not in weights.leaves and name[0] != "score"
+    ]
+    if weights.table.head == "score_bias":
+        if ("score", "weight") in places and ("score", "bias") not in places:
+            problems.append("score.bias: unexpected, the model has a head without it")
+    raise_problems(f"{type(model).__name__} from the weights in {str(folder)!r}", problems)
 
-    def fill(place: int, layer: int | None) -> None:
-        out[place] = weights.read(path, layer, index[1:])
 
-    # NumPy and TensorStore copy without holding the interpreter.
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(fill, *zip(*enumerate(layers[index[0]]), strict=True)))
+def _load(
+    weights: Weights, targets: Mapping[LeafPath, jax.ShapeDtypeStruct]
+) -> dict[LeafPath, jax.Array]:
+    """The leaves of these padded shapes, dtypes and shardings, read layer by layer."""
+    parts = [part for part in weights.table.parts if part[0] in targets]
+    stacked = {path: targets[path] for path, layer in parts if layer == 0}
+    shardings = {path: target.sharding for path, target in stacked.items()}
+    zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in stacked.items()}  # noqa: E731
+    arrays = jax.jit(zeros, out_shardings=shardings)()
+    put = {
+        path: jax.jit(_put_layer, donate_argnums=0, out_shardings=sharding)
+        for path, sharding in shardings.items()
+    }
+
+    def read(part: tuple[LeafPath, int | None]) -> dict[Ranges, np.ndarray]:
+        path, layer = part
+        target = targets[path] if layer is None else _one_layer(targets[path])
+        indices = target.sharding.addressable_devices_indices_map(target.shape).values()
+        # Devices that hold the same part are given the same array.
+        wanted = {_ranges(index, target.shape) for index in indices}
+        return {key: _read_part(weights, path, layer, key, target.dtype) for key in wanted}
+
+    for (path, layer), cut in read_ahead(read, parts):
+        target = targets[path] if layer is None else _one_layer(targets[path])
+        array = jax.make_array_from_callback(
+            target.shape,
+            target.sharding,
+            lambda index, target=target, cut=cut: cut[_ranges(index, target.shape)],
+            dtype=target.dtype,
+        )
+        if layer is not None:
+            array = put[path](arrays[path], array, np.int32(layer))
+        # Waiting keeps the copies of many layers from being in memory at once.
+        arrays[path] = jax.block_until_ready(array)
+    return arrays
+
+
+def _put_layer(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+
+
+def _one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A layer of a stacked leaf, cut over the mesh as the leaf is."""
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        assert sharding.spec[0] is None, "layers are on every device"
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def _ranges(index: Any, shape: tuple[int, ...]) -> Ranges:
+    return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
+
+
+def _inside(ranges: Ranges, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of some ranges that is not padding, which begins where the stored shape ends."""
+    return tuple(
+        slice(min(start, size), min(stop, size))
+        for (start, stop), size in zip(ranges, shape, strict=True)
+    )
+
+
+def _read_part(
+    weights: Weights, path: LeafPath, layer: int | None, ranges: Ranges, dtype: np.dtype
+) -> np.ndarray:
+    """One part of a tensor, with zeros where it is padding."""
+    inside = _inside(ranges, weights.table.layer_shape(path))
+    stored = tuple(axis.stop - axis.start for axis in inside)
+    shape = tuple(stop - start for start, stop in ranges)
+    if stored == shape:
+        return weights.read(path, layer, inside).astype(dtype, copy=False)
+    part = np.zeros(shape, dtype)
+    if all(stored):
+        part[tuple(map(slice, stored))] = weights.read(path, layer, inside)
+    return part
+
+
+# --- Saving ----------------------------------------------------------------------------------
 
 
 def save_pretrained(
@@ -275,49 +236,140 @@ def save_pretrained(
 ) -> None:
     """Writes config.json, generation_config.json and safetensors, as transformers loads them.
 
-    Sharded parameters are gathered a leaf at a time; in a run of several processes all of them must
-    call this, and the first one writes. The folder appears whole or not at all.
+    Sharded parameters are gathered a layer at a time; in a run of several processes all of them
+    must call this, and the first one writes. The folder appears whole or not at all.
 
     Args:
       folder: the new folder.
-      model: a Phi3ForCausalLM.
+      model: one of the four model classes, with the mesh of the parameters.
       params: its parameters, of any sharding; they are saved in their own dtype.
       force: replace a model folder that is already there.
 
     Raises:
       FileExistsError: where the folder exists, without force.
-      ValueError: where the parameters are not those of the model's config.
+      ValueError: where the parameters are not those of the model.
+      RuntimeError: in the processes that did not fail, where another one did.
     """
-    table = WeightTable(model.config)
+    table, arrays, leaves = _check_params(model, params)
+    with staged_by_all(folder, force) as stage:
+        tensors = (
+            (table.hf_name(path, layer), path, _to_host(array, table.layer_shape(path)))
+            for path, layer, array in _layers(table, arrays)
+        )
+        if jax.process_index() == 0:
+            _write_configs(stage, model, leaves[table.embedding].dtype)
+            try:
+                with SafetensorsWriter(stage, table.hf_leaves(leaves)) as writer:
+                    for name, path, array in tensors:
+                        writer.write(name, table.to_hf(path, array))
+            except Exception:
+                _run_out(tensors)
+                raise
+        else:
+            _run_out(tensors)
+
+
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, params: Mapping[str, Any], force: bool = False
+) -> None:
+    """Writes a converted folder: an Orbax checkpoint, config.json and generation_config.json.
+
+    Each process writes the shards that its devices hold, without padding, so that any mesh can
+    load the folder. In a run of several processes all of them must call this, with a folder on a
+    file system that they share. The folder appears whole or not at all.
+
+    Args:
+      folder: the new folder.
+      model: one of the four model classes, with the mesh of the parameters.
+      params: its parameters, of any sharding; they are saved in their own dtype.
+      force: replace a model folder that is already there.
+
+    Raises:
+      FileExistsError: where the folder exists, without force.
+      ValueError: where the parameters are not those of the model.
+      RuntimeError: in the processes that did not fail, where another one did.
+    """
+    table, arrays, leaves = _check_params(model, params)
+    with staged_by_all(folder, force) as stage:
+        with by_all():
+            if jax.process_index() == 0:
+                _write_configs(stage, model, leaves[table.embedding].dtype)
+            create_arrays(stage, table, leaves)
+        with by_all():
+            writer = OrbaxWriter(stage, table)
+
+            def write(part: tuple[LeafPath, int | None, jax.Array]) -> None:
+                path, layer, array = part
+                for shard in _own_shards(array):
+                    ranges = _ranges(shard.index, array.shape)
+                    inside = _inside(ranges, table.layer_shape(path))
+                    stored = tuple(slice(axis.stop - axis.start) for axis in inside)
+                    writer.write(path, layer, np.asarray(shard.data)[stored], inside)
+
+            for _ in read_ahead(write, _layers(table, arrays)):
+                pass
+        if jax.process_index() != 0:
+            flush(stage)  # what this host wrote; the first process waits for its own
+
+
+def _head(model: nn.Module) -> Head:
+    return next(head for known, head in _HEADS.items() if isinstance(model, known))
+
+
+def _check_params(
+    model: nn.Module, params: Mapping[str, Any]
+) -> tuple[WeightTable, dict[LeafPath, jax.Array], dict[LeafPath, Leaf]]:
+    """The model's table, its parameters by path, and what they are without padding."""
+    head = _head(model)
+    if head == "score_bias" and not model.config.token_classification_bias:
+        head = "score"
+    table = WeightTable(model.config, head)
+    padded = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(model)).items()}
     arrays = flatten_dict(params)
-    leaves = {path: Leaf(tuple(a.shape), np.dtype(a.dtype)) for path, a in arrays.items()}
+    leaves = {
+        path: Leaf(
+            table.shape(path) if array.shape == padded.get(path) else tuple(array.shape),
+            np.dtype(array.dtype),
+        )
+        for path, array in arrays.items()
+    }
     raise_problems("the parameters to save", table.differences(leaves))
-    if jax.process_index() == 0:
-        with staged_folder(folder, force) as stage:
-            _config_to_save(model.config, leaves).save_pretrained(stage)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(stage)
-            with SafetensorsWriter(stage, table.hf_leaves(leaves)) as writer:
-                for path in table.weights:
-                    array = _to_host(arrays[path])
-                    for layer in table.layers(path):
-                        part = array if layer is None else array[layer]
-                        writer.write(table.hf_name(path, layer), table.to_hf(path, part))
-                    del array  # before the next leaf comes
-    else:
-        for path in table.weights:  # gathering takes all processes
-            _to_host(arrays[path])
-    multihost_utils.sync_global_devices("phi3_jax.save_pretrained")
+    return table, {path: jnp.asarray(array) for path, array in arrays.items()}, leaves
 
 
-def _config_to_save(config: Phi3Config, leaves: Mapping[LeafPath, Leaf]) -> Phi3Config:
-    """The config with the dtype that is saved, as which transformers would load it."""
-    values = config.to_dict()
+def _write_configs(stage: Path, model: nn.Module, dtype: np.dtype) -> None:
+    values = model.config.to_dict()
     values.pop("dtype", None)  # the newer name, which would win over the one that all versions read
-    return Phi3Config.from_dict({**values, "torch_dtype": leaves[EMBEDDING.path].dtype.name})
+    known = next(known for known in _HEADS if isinstance(model, known))
+    values |= {"architectures": [known.__name__], "torch_dtype": dtype.name}
+    Phi3Config.from_dict(values).save_pretrained(stage)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(stage)
 
 
-def _to_host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+def _layers(
+    table: WeightTable, arrays: Mapping[LeafPath, jax.Array]
+) -> Generator[tuple[LeafPath, int | None, jax.Array]]:
+    """Path, layer and padded array of each part; cutting a layer out takes all processes."""
+    for path, layer in table.parts:
+        yield path, layer, arrays[path] if layer is None else arrays[path][layer]
+
+
+def _to_host(array: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
+    """An array without its padding, in every process."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)[tuple(map(slice, shape))]
+
+
+def _own_shards(array: jax.Array) -> list[Any]:
+    """The shards that this process has to write, so that all processes write each part once."""
+    if array.is_fully_addressable and jax.process_index() != 0:
+        return []
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
+
+
+def _run_out(tensors: Iterable[Any]) -> None:
+    """Gathers what is left to gather, for the processes that are still at it."""
+    for _ in tensors:
+        pass

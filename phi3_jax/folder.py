@@ -125,7 +125,7 @@ def staged_folder(target: str | Path, force: bool = False) -> Generator[Path]:
     with lock:
         try:
             yield stage
-            _flush(stage)
+            flush(stage)
             _check_replaceable(target, force)
             replaced = target.with_name(f".{target.name}{_REPLACED}{secrets.token_hex(4)}")
             if target.exists():
@@ -155,7 +155,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
         ) from None
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Waits until all is on the disk; a rename that gets there first would show a half folder."""
     for place, _, files in os.walk(folder):
         for name in (*files, "."):

@@ -5,10 +5,10 @@ Nothing here needs JAX.
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,13 +17,18 @@ from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsFolder
 
 LeafPath = tuple[str, ...]
 
+# What stands on the decoder. "score" is a sequence classifier's head, "score_bias" that of a token
+# classifier. "none" is the decoder alone, whose names have no "model." in front, in HF's files as
+# in our trees; with each of the others they have.
+Head = Literal["lm_head", "score", "score_bias", "none"]
+
 
 @dataclass(frozen=True)
 class Weight:
     """One row of the table that names every weight; it is read in both directions.
 
     Letters are those of model.py's legend: D width, V vocabulary, F mlp width, H head dim,
-    K key-value groups, G query heads a group, C = G + 2, L layers.
+    K key-value groups, G query heads a group, C = G + 2, L layers; n labels.
 
     Attributes:
       hf_name: HF's name, "{}" standing for the layer.
@@ -58,21 +63,43 @@ LAYER_WEIGHTS = (
 )
 FINAL_NORM = Weight("model.norm.weight", ("D",), ("model", "norm", "weight"), "D")
 LM_HEAD = Weight("lm_head.weight", ("V", "D"), ("lm_head", "weight"), "VD")
+SCORE = Weight("score.weight", ("n", "D"), ("score", "weight"), "nD")
+SCORE_BIAS = Weight("score.bias", ("n",), ("score", "bias"), "n")
+HEAD_WEIGHTS: dict[Head, tuple[Weight, ...]] = {
+    "lm_head": (LM_HEAD,),
+    "score": (SCORE,),
+    "score_bias": (SCORE, SCORE_BIAS),
+    "none": (),
+}
 
 # Buffers that old checkpoints carry; they follow from the config.
-DROPPED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+DROPPED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def head_of(names: Iterable[str]) -> Head:
+    """What the names of weights, HF's or of our leaves, say of the head; "lm_head" if nothing."""
+    names = set(names)
+    if SCORE_BIAS.hf_name in names:
+        return "score_bias"
+    if SCORE.hf_name in names:
+        return "score"
+    decoder = re.compile(r"(embed_tokens|layers|norm)\.")
+    bare = LM_HEAD.hf_name not in names and any(map(decoder.match, names))
+    return "none" if bare else "lm_head"
 
 
 class WeightTable:
-    """The rows that one config has, with its sizes filled in.
+    """The rows that one model has, with the sizes of its config filled in.
 
     Attributes:
+      head: which head the model has; a tied "lm_head" has no row.
       weights: path -> row.
       parts: (path, layer) of every HF tensor, in the order of the model; layer is None outside
         the layers.
     """
 
-    def __init__(self, config: Phi3Config):
+    def __init__(self, config: Phi3Config, head: Head = "lm_head"):
+        self.head = head
         groups = config.num_key_value_heads
         heads = config.num_attention_heads // groups
         self.sizes = {
@@ -84,15 +111,28 @@ class WeightTable:
             "K": groups,
             "G": heads,
             "C": heads + 2,
+            "n": config.num_labels,
             "2": 2,
         }
-        last = [FINAL_NORM] if config.tie_word_embeddings else [FINAL_NORM, LM_HEAD]
-        self.weights = {row.path: row for row in (EMBEDDING, *LAYER_WEIGHTS, *last)}
+        tied = head == "lm_head" and config.tie_word_embeddings
+        first, layers = [self._row(EMBEDDING)], [self._row(row) for row in LAYER_WEIGHTS]
+        last = [self._row(FINAL_NORM), *(() if tied else HEAD_WEIGHTS[head])]
+        self.weights = {row.path: row for row in (*first, *layers, *last)}
         self.parts: list[tuple[LeafPath, int | None]] = [
-            (EMBEDDING.path, None),
-            *((row.path, layer) for layer in range(self.sizes["L"]) for row in LAYER_WEIGHTS),
+            *((row.path, None) for row in first),
+            *((row.path, layer) for layer in range(self.sizes["L"]) for row in layers),
             *((row.path, None) for row in last),
         ]
+
+    def _row(self, row: Weight) -> Weight:
+        if self.head != "none":
+            return row
+        return replace(row, hf_name=row.hf_name.removeprefix("model."), path=row.path[1:])
+
+    @property
+    def embedding(self) -> LeafPath:
+        """Where the embedding is, whose dtype is taken for that of the model."""
+        return self._row(EMBEDDING).path
 
     def layers(self, path: LeafPath) -> list[int | None]:
         """The layers in a leaf; [None] for one that does not stack them."""
@@ -101,6 +141,10 @@ class WeightTable:
     def shape(self, path: LeafPath) -> tuple[int, ...]:
         """The shape of our leaf, all layers of it."""
         return tuple(self.sizes[letter] for letter in self.weights[path].axes)
+
+    def layer_shape(self, path: LeafPath) -> tuple[int, ...]:
+        """The shape of one layer of our leaf; of all of it where it does not stack them."""
+        return tuple(self.sizes[letter] for letter in self.weights[path].axes.removeprefix("L"))
 
     def hf_name(self, path: LeafPath, layer: int | None) -> str:
         """HF's name of one layer of a leaf."""
@@ -178,7 +222,7 @@ class HFWeights:
     """The weights in an HF folder, checked against its config and read a layer at a time.
 
     Attributes:
-      table: the WeightTable of the config.
+      table: the WeightTable of the config, with the head that the tensors' names say.
       leaves: path -> Leaf of our tree.
 
     Raises:
@@ -186,9 +230,10 @@ class HFWeights:
     """
 
     def __init__(self, folder: Path, config: Phi3Config):
-        self.table = WeightTable(config)
-        self.leaves: dict[LeafPath, Leaf] = {}
         self._files = SafetensorsFolder(folder)
+        names = self._files.entries.keys() | self._files.unreadable
+        self.table = WeightTable(config, head_of(names))
+        self.leaves: dict[LeafPath, Leaf] = {}
         problems = list(self._files.problems)
         found = {n: e for n, e in self._files.entries.items() if not DROPPED.fullmatch(n)}
         if config.tie_word_embeddings and found.pop(LM_HEAD.hf_name, None):

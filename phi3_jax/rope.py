@@ -84,22 +84,41 @@ def _table(config: Phi3Config, length: int, long: bool) -> tuple[np.ndarray, np.
 
 
 def rows_are_long(
-    config: Phi3Config, position_ids_BT: jax.Array, mask_BT: jax.Array | None = None
+    config: Phi3Config,
+    position_ids_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    document_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Which rows use the long factors: those whose largest unmasked position + 1 exceeds
-    original_max_position_embeddings. bool [B].
+    original_max_position_embeddings.
+
+    Args:
+      position_ids_BT: int32.
+      mask_BT: bool, False for padding.
+      document_BT: int32 in [0, T), the document of each token in a packed row; each document is
+        then a row of its own.
+
+    Returns:
+      bool [B, 1], or [B, T] for packed rows.
     """
     if mask_BT is not None:
         position_ids_BT = jnp.where(mask_BT, position_ids_BT, 0)
-    return position_ids_BT.max(axis=1) + 1 > config.original_max_position_embeddings
+    if document_BT is None:
+        largest = position_ids_BT.max(axis=1, keepdims=True)
+    else:
+        tokens = position_ids_BT.shape[1]
+        of_row = lambda x_T, d_T: jax.ops.segment_max(x_T, d_T, num_segments=tokens)[d_T]  # noqa: E731
+        largest = jax.vmap(of_row)(position_ids_BT, document_BT)
+    return largest + 1 > config.original_max_position_embeddings
 
 
 def rope_cos_sin(
-    tables: RopeTables, position_ids_BT: jax.Array, long_B: jax.Array
+    tables: RopeTables, position_ids_BT: jax.Array, long_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin for each token, float32 [B, T, R], from the table that its row uses.
 
-    A position outside the table gives NaN: a clamped lookup would be wrong without a sign.
+    long_BT is what `rows_are_long` gives, [B, 1] or [B, T]. A position outside the table gives NaN:
+    a clamped lookup would be wrong without a sign.
     """
     # A negative index would count from the table's end.
     rows_BT = jnp.where(position_ids_BT < 0, jnp.iinfo(jnp.int32).max, position_ids_BT)
@@ -108,10 +127,10 @@ def rope_cos_sin(
     sin = look_up(jnp.asarray(tables.short_sin_PR))
     if tables.long_cos_PR is None or tables.long_sin_PR is None:
         return cos, sin
-    long_B11 = long_B[:, None, None]
+    long_BT1 = long_BT[:, :, None]
     long_cos = look_up(jnp.asarray(tables.long_cos_PR))
     long_sin = look_up(jnp.asarray(tables.long_sin_PR))
-    return jnp.where(long_B11, long_cos, cos), jnp.where(long_B11, long_sin, sin)
+    return jnp.where(long_BT1, long_cos, cos), jnp.where(long_BT1, long_sin, sin)
 
 
 def apply_rope(x_BTKCH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:

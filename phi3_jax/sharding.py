@@ -4,20 +4,21 @@ Model code names logical axes ("embed", "kv_heads", ...) where a parameter is bo
 residual stream passes; this file alone knows the mesh.
 """
 
-import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # data: whole copies of the model, each with its share of the batch. fsdp: the batch too, and the
-# parameters along their width, gathered layer by layer. tensor: heads, mlp and vocabulary.
+# parameters along their width, gathered layer by layer. tensor: heads, mlp and vocabulary; what
+# does not divide there is padded with zeros (`padded_shape`).
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -26,14 +27,22 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
 }
 
+Names = tuple[str | None, ...]
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1) -> Mesh:
-    """A mesh of all devices with the axes data, fsdp and tensor; one size may be -1: what is left.
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor; one size may be -1: what is left.
+
+    Args:
+      data, fsdp, tensor: sizes; RULES says what each axis shards.
+      devices: those to use; by default all.
 
     Raises:
       ValueError: where the sizes do not multiply to the number of devices, with sizes that do.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
@@ -42,72 +51,153 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1) -> Mesh:
     if len(open_axes) > 1:
         raise ValueError(f"mesh axes {open_axes} are all -1; only one size can be left open")
     given = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes and devices % given == 0:
-        sizes[open_axes[0]] = devices // given
-    if math.prod(sizes.values()) != devices:
-        fitting = [n for n in range(1, devices + 1) if devices % n == 0]
+    if open_axes and count % given == 0:
+        sizes[open_axes[0]] = count // given
+    if math.prod(sizes.values()) != count:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {devices} devices; "
-            f"each size must be one of {fitting} and their product {devices}"
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices; "
+            f"each size must be one of {_divisors(count)} and their product {count}"
         )
     # jax.make_mesh defaults to Explicit axes, under which the compiler does not place activations.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
 
 
-def active_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The context in which `constrain` takes effect; without a mesh it changes nothing."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def logical_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+def axis_size(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
+    """The size of a mesh axis; 1 without a mesh, or in a mesh that does not have it.
+
+    Raises:
+      ValueError: for a mesh with axes that RULES does not know: it would shard nothing.
+    """
+    if mesh is None:
+        return 1
+    if unknown := [name for name in mesh.axis_names if name not in MESH_AXES]:
+        raise ValueError(
+            f"the mesh has axes {unknown}, known are {list(MESH_AXES)}; use phi3_jax.make_mesh"
+        )
+    return dict(mesh.shape).get(axis, 1)
+
+
+def padded_shape(names: Names, shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
+    """The shape of a parameter in memory: sizes that the tensor axis shards are rounded up to it.
+
+    The padding is at the end of a dimension and always zero. Zero key-value groups meet zero rows
+    of o_proj, zero mlp columns zero rows of down_proj, so the model computes the same and their
+    gradients are zero; padded vocabulary is cut from the logits. Checkpoints never hold it.
+    """
+    tensor = axis_size(mesh, "tensor")
+    on_tensor = [name is not None and "tensor" in RULES.get(name, ()) for name in names]
+    return tuple(
+        -(-size // tensor) * tensor if rounded else size
+        for size, rounded in zip(shape, on_tensor, strict=True)
+    )
+
+
+def logical_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names.
 
     A mesh axis that does not divide its dimension is left out: the array is then replicated along
-    that axis, which costs memory and is right on every mesh.
+    that axis, as a batch of one row has to be.
     """
     entries = []
     for name, size in zip(names, shape, strict=True):
-        axes: tuple[str, ...] = ()
+        axes, parts = [], 1
         for axis in RULES.get(name, ()) if name else ():
-            if size % (math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]) == 0:
-                axes += (axis,)
-        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+            along = axis_size(mesh, axis)
+            if axis in mesh.axis_names and size % (parts * along) == 0:
+                axes, parts = [*axes, axis], parts * along
+        entries.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks the compiler to lay an activation out by its logical names on the active mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+def constrain(x: jax.Array, *names: str | None, mesh: Mesh | None = None) -> jax.Array:
+    """Asks the compiler to lay an activation out by its logical names.
+
+    The mesh is the model's own, or else that of `jax.set_mesh`; without either nothing is asked.
+    """
+    where = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if where.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, logical_spec(names, x.shape, mesh))
+    spec = logical_spec(names, x.shape, where)
+    return jax.lax.with_sharding_constraint(x, spec if mesh is None else NamedSharding(mesh, spec))
 
 
-def named_sharding(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
+def named_sharding(names: Names, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The NamedSharding of an array whose dimensions have these logical names."""
     return NamedSharding(mesh, logical_spec(names, shape, mesh))
 
 
-def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> dict[str, Any]:
+def default_device() -> jax.Device:
+    """Where arrays go without a mesh: `jax.default_device`, or the first device of this process."""
+    chosen = jax.config.jax_default_device
+    if isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return jax.local_devices()[0] if chosen is None else chosen
+
+
+def abstract_params(model: nn.Module) -> dict[str, Any]:
     """Shapes, dtypes and shardings of a model's parameters, without making them.
 
-    Returns a nested dict of jax.ShapeDtypeStruct; without a mesh every leaf is on the first
-    local device.
+    Returns a nested dict of jax.ShapeDtypeStruct, with the padding of the model's mesh; without a
+    mesh every leaf is on the default device.
+
+    Raises:
+      ValueError: where a parameter does not divide over the mesh, with the sizes that would.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.eval_shape(lambda key: model.init(key, tokens), jax.random.key(0))["params"]
+    mesh: Mesh | None = getattr(model, "mesh", None)
 
-    def abstract(leaf: nn.LogicallyPartitioned) -> jax.ShapeDtypeStruct:
+    def abstract(path, leaf: nn.LogicallyPartitioned) -> jax.ShapeDtypeStruct:
         value = leaf.value
         if mesh is None:
-            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            place = jax.sharding.SingleDeviceSharding(default_device())
         else:
+            _check_divides(path, leaf.names, value.shape, mesh)
             place = named_sharding(leaf.names, value.shape, mesh)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
 
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(abstract, boxed, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(abstract, boxed, is_leaf=is_box)
+
+
+def _check_divides(path, names: Names, shape: tuple[int, ...], mesh: Mesh) -> None:
+    """A parameter that cannot be cut would be held whole by every device, unasked."""
+    for name, size in zip(names, shape, strict=True):
+        for axis in RULES.get(name, ()) if name else ():
+            along = axis_size(mesh, axis)
+            if size % along:
+                leaf = ".".join(key.key for key in path)
+                raise ValueError(
+                    f"{leaf} of shape {shape}: its dimension {name!r} of {size} does not divide "
+                    f"over mesh axis {axis!r} of size {along}; sizes that would work are "
+                    f"{_divisors(size)}"
+                )
+
+
+def init_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
+    """New parameters, each born in its shards on the model's mesh.
+
+    The values depend on the seed and the config alone, not on the mesh.
+
+    Raises:
+      ValueError: as `abstract_params`.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = lambda key: nn.unbox(model.init(key, tokens))["params"]  # noqa: E731
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def cut_padding(params: Any, model: nn.Module) -> Any:
+    """A tree shaped like a model's parameters (gradients, say) without the padding of its mesh."""
+    plain = abstract_params(model.clone(mesh=None))
+    cut = lambda x, leaf: x[tuple(slice(size) for size in leaf.shape)]  # noqa: E731
+    return jax.tree.map(cut, params, plain)
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:

@@ -6,11 +6,13 @@ Sizes are small and unequal, so that swapped axes show. Lengths around 5 (the wi
 
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.hf_format import WeightTable
+from phi3_jax.hf_format import Head, WeightTable
+from phi3_jax.sharding import abstract_params
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -58,14 +60,22 @@ LENGTHS = (1, 5, 16, 17, 30)
 # Rows that start below, at and beyond the line, two of them crossing it at different steps.
 PROMPT_LENGTHS = (7, 12, 16, 17, 13)
 
+# What stands on the decoder, by the name of the class, here and in transformers.
+HEADS: dict[str, Head] = {
+    "Phi3Model": "none",
+    "Phi3ForCausalLM": "lm_head",
+    "Phi3ForSequenceClassification": "score",
+    "Phi3ForTokenClassification": "score_bias",
+}
+
 
 def config_values(case: str) -> dict:
     return {**BASE, **CASES[case]}
 
 
-def hf_weights(config: Phi3Config, name: str) -> dict[str, np.ndarray]:
+def hf_weights(config: Phi3Config, name: str, head: Head = "lm_head") -> dict[str, np.ndarray]:
     """Random float32 weights in HF's names and layouts, the same for the same name."""
-    table = WeightTable(config)
+    table = WeightTable(config, head)
     weights = {}
     for path, layer in table.parts:
         hf_name = table.hf_name(path, layer)
@@ -75,9 +85,9 @@ def hf_weights(config: Phi3Config, name: str) -> dict[str, np.ndarray]:
     return weights
 
 
-def params_of(config: Phi3Config, weights: dict[str, np.ndarray]) -> dict:
+def params_of(config: Phi3Config, weights: dict[str, np.ndarray], head: Head = "lm_head") -> dict:
     """The weights as this library's parameter tree."""
-    table = WeightTable(config)
+    table = WeightTable(config, head)
     params: dict = {}
     for path in table.weights:
         layers = [
@@ -89,6 +99,17 @@ def params_of(config: Phi3Config, weights: dict[str, np.ndarray]) -> dict:
             node = node.setdefault(key, {})
         node[path[-1]] = jnp.asarray(stacked)
     return params
+
+
+def on_mesh(model, params: dict, mesh) -> tuple:
+    """The model laid out on a mesh, and its parameters there, padded as it needs them."""
+    model = model.clone(mesh=mesh)
+
+    def place(leaf, wanted):
+        padding = [(0, b - a) for a, b in zip(leaf.shape, wanted.shape, strict=True)]
+        return jax.device_put(jnp.pad(leaf, padding), wanted.sharding)
+
+    return model, jax.tree.map(place, params, abstract_params(model))
 
 
 def tokens(rows: int, width: int, seed: int = 0) -> np.ndarray:

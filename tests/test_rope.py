@@ -24,21 +24,28 @@ LONG = phi3.Phi3Config(**config_values("longrope"))  # original 16
 def test_a_row_is_long_beyond_original_max():
     """16 tokens are short, 17 are long: > and not >= (trap 10)."""
     for width, long in ((16, False), (17, True)):
-        assert rows_are_long(LONG, jnp.arange(width)[None])[0] == long
+        assert rows_are_long(LONG, jnp.arange(width)[None]).tolist() == [[long]]
 
 
 def test_each_row_decides_for_itself():
     positions = jnp.stack([jnp.arange(20), jnp.arange(20) - 10])
     mask = positions >= 0
-    assert rows_are_long(LONG, jnp.maximum(positions, 0), mask).tolist() == [True, False]
+    assert rows_are_long(LONG, jnp.maximum(positions, 0), mask).tolist() == [[True], [False]]
     # padding beyond the line does not make a row long
     right = jnp.broadcast_to(jnp.arange(20), (2, 20))
-    assert rows_are_long(LONG, right, right < jnp.array([[17], [16]])).tolist() == [True, False]
+    assert rows_are_long(LONG, right, right < jnp.array([[17], [16]])).tolist() == [[True], [False]]
+
+
+def test_each_document_of_a_packed_row_decides_for_itself():
+    positions = jnp.array([[*range(4), *range(17), *range(5, 16)]])
+    documents = jnp.array([[0] * 4 + [1] * 17 + [2] * 11])
+    long = rows_are_long(LONG, positions, document_BT=documents)
+    assert long.tolist() == [[False] * 4 + [True] * 17 + [False] * 11]
 
 
 def test_one_position_decides_while_decoding():
     """The rule looks at positions, not at how many tokens a call has (trap 11)."""
-    assert rows_are_long(LONG, jnp.array([[15], [16]])).tolist() == [False, True]
+    assert rows_are_long(LONG, jnp.array([[15], [16]])).tolist() == [[False], [True]]
 
 
 def test_attention_factor_is_in_both_tables():
@@ -86,7 +93,7 @@ def test_rows_take_their_own_table():
 
 
 def test_a_position_beyond_the_table_is_nan():
-    cos, _ = rope_cos_sin(rope_tables(LONG, 40), jnp.array([[40]]), jnp.array([True]))
+    cos, _ = rope_cos_sin(rope_tables(LONG, 40), jnp.array([[40]]), jnp.array([[True]]))
     assert np.isnan(cos).all()
 
 

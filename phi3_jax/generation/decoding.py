@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
 from phi3_jax.generation.processors import Settings
@@ -64,8 +65,8 @@ def bucket(tokens: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("model", "batch", "capacity"))
 def empty_cache(model: nn.Module, batch: int, capacity: int) -> KVCache:
-    """A cache of `capacity` slots a row, in the model's dtype, laid out on the active mesh."""
-    return KVCache.init(model.config, batch, capacity, model.dtype)
+    """A cache of `capacity` slots a row, in the model's dtype, laid out on its mesh."""
+    return KVCache.init(model.config, batch, capacity, model.dtype, model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -103,8 +104,8 @@ def prefill(
         logits_to_keep=jnp.reshape(length - 1, (1,)),
         rope=rope,
     )
-    logits_BV = constrain(out.logits[:, 0].astype(jnp.float32), None, None)
-    return logits_BV, out.cache.truncate(length).settled()
+    logits_BV = constrain(out.logits[:, 0].astype(jnp.float32), None, None, mesh=model.mesh)
+    return logits_BV, out.cache.truncate(length).settled(model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -112,7 +113,7 @@ def decode_step(
     model: nn.Module, params: Any, state: DecodeState, settings: Settings, rope: RopeTables
 ) -> DecodeState:
     """Runs the token chosen last and chooses the next; arguments as in `prefill`."""
-    return _settled(_step(model, params, state, settings, rope))
+    return _settled(_step(model, params, state, settings, rope), model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -130,7 +131,7 @@ def decode_loop(
         lambda state: _step(model, params, state, settings, rope),
         state,
     )
-    return _settled(state)
+    return _settled(state, model.mesh)
 
 
 def _step(model, params, state, settings, rope) -> DecodeState:
@@ -146,13 +147,13 @@ def _step(model, params, state, settings, rope) -> DecodeState:
         state,
         cache=out.cache,
         position_B=state.position_B + 1,
-        long_B=state.long_B | rows_are_long(config, position_B1),
+        long_B=state.long_B | rows_are_long(config, position_B1)[:, 0],
     )
     return _append(state, out.logits[:, 0].astype(jnp.float32), settings)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def first_state(logits_BV, cache, long_B, position_B, seen_BV, settings, key) -> DecodeState:
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
+def first_state(logits_BV, cache, long_B, position_B, seen_BV, settings, key, mesh) -> DecodeState:
     """The state after a prefill: the first token chosen."""
     batch = logits_BV.shape[0]
     state = DecodeState(
@@ -166,7 +167,7 @@ def first_state(logits_BV, cache, long_B, position_B, seen_BV, settings, key) ->
         seen_BV=seen_BV,
         key=key,
     )
-    return _settled(_append(state, logits_BV, settings))
+    return _settled(_append(state, logits_BV, settings), mesh)
 
 
 def _append(state: DecodeState, logits_BV: jax.Array, settings: Settings) -> DecodeState:
@@ -185,18 +186,21 @@ def _append(state: DecodeState, logits_BV: jax.Array, settings: Settings) -> Dec
     )
 
 
-def _settled(state: DecodeState) -> DecodeState:
+def _settled(state: DecodeState, mesh: Mesh | None) -> DecodeState:
     """The state in the one layout that every step takes and gives, so that none compiles twice.
 
     What the driver reads is on every device: each process's host can see it.
     """
     everywhere = ("token_B", "position_B", "long_B", "done_B", "new_BS", "step")
     arrays = {name: getattr(state, name) for name in everywhere}
-    arrays = {name: constrain(array, *[None] * array.ndim) for name, array in arrays.items()}
+    arrays = {
+        name: constrain(array, *[None] * array.ndim, mesh=mesh) for name, array in arrays.items()
+    }
     seen_BV = state.seen_BV
     if seen_BV is not None:
-        seen_BV = constrain(seen_BV, "batch", None)
-    return dataclasses.replace(state, **arrays, seen_BV=seen_BV, cache=state.cache.settled())
+        seen_BV = constrain(seen_BV, "batch", None, mesh=mesh)
+    cache = state.cache.settled(mesh)
+    return dataclasses.replace(state, **arrays, seen_BV=seen_BV, cache=cache)
 
 
 def goes_on(state: DecodeState, max_new_tokens: jax.typing.ArrayLike) -> jax.Array:
@@ -208,7 +212,8 @@ def crossing_rows(config, state: DecodeState) -> jax.Array:
     """Rows whose next token makes them long while their cache is short, bool [B]."""
     if not config.is_longrope:
         return jnp.zeros_like(state.done_B)
-    return rows_are_long(config, state.position_B[:, None]) & ~state.long_B & ~state.done_B
+    long_B = rows_are_long(config, state.position_B[:, None])[:, 0]
+    return long_B & ~state.long_B & ~state.done_B
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from phi3_jax.generation.decoding import (
 from phi3_jax.generation.processors import Settings
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.rope import RopeTables, rope_tables
-from phi3_jax.sharding import active_mesh, mesh_of, replicate
+from phi3_jax.sharding import mesh_of, replicate
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class Request:
 
     model: nn.Module
     params: Any
-    mesh: Mesh | None
     input_ids: np.ndarray
     attention_mask: np.ndarray
     max_new_tokens: int
@@ -63,15 +62,15 @@ class Request:
     def start(self) -> None:
         """Runs the prompt and chooses the first token."""
         batch = len(self.input_ids)
-        with active_mesh(self.mesh):
-            cache = empty_cache(self.model, batch, self.capacity)
-            logits_BV, cache = self._prefill(self.input_ids, self.attention_mask, cache)
-            tokens_B = self.attention_mask.sum(axis=1, dtype=np.int32)
-            long_B = tokens_B > self.model.config.original_max_position_embeddings
-            placed = replicate((long_B, tokens_B, self._seen(), self.settings), self.mesh)
-            key = jax.random.key(self.seed)
-            self.settings = placed[-1]
-            self.state = first_state(logits_BV, cache, *placed, key)
+        mesh = self.model.mesh
+        cache = empty_cache(self.model, batch, self.capacity)
+        logits_BV, cache = self._prefill(self.input_ids, self.attention_mask, cache)
+        tokens_B = self.attention_mask.sum(axis=1, dtype=np.int32)
+        long_B = tokens_B > self.model.config.original_max_position_embeddings
+        placed = replicate((long_B, tokens_B, self._seen(), self.settings), mesh)
+        key = jax.random.key(self.seed)
+        self.settings = placed[-1]
+        self.state = first_state(logits_BV, cache, *placed, key, mesh)
 
     def _seen(self) -> np.ndarray | None:
         """Which ids each row of the prompt holds, where that is asked for."""
@@ -87,7 +86,7 @@ class Request:
         right = ((0, 0), (0, width - ids_BT.shape[1]))
         length = np.int32(ids_BT.shape[1] if length is None else length)
         arguments = (np.pad(ids_BT, right), np.pad(mask_BT, right), length)
-        placed = replicate(arguments, self.mesh)
+        placed = replicate(arguments, self.model.mesh)
         return prefill(self.model, self.params, *placed, cache, self.rope)
 
     @property
@@ -98,18 +97,16 @@ class Request:
     def step(self) -> None:
         """Chooses one more token of every row."""
         self._cross()
-        with active_mesh(self.mesh):
-            self.state = decode_step(self.model, self.params, self.state, self.settings, self.rope)
+        self.state = decode_step(self.model, self.params, self.state, self.settings, self.rope)
 
     def run(self) -> None:
         """Chooses all the tokens that are left, inside compiled loops."""
         limit = np.int32(self.max_new_tokens)
         while self.goes_on:
             self._cross()
-            with active_mesh(self.mesh):
-                self.state = decode_loop(
-                    self.model, self.params, self.state, self.settings, self.rope, limit
-                )
+            self.state = decode_loop(
+                self.model, self.params, self.state, self.settings, self.rope, limit
+            )
 
     def _cross(self) -> None:
         """Computes the rows anew, with the long factors, that the next token makes long."""
@@ -121,11 +118,10 @@ class Request:
         ids_BT = self.sequences
         new = np.ones((len(ids_BT), ids_BT.shape[1] - self.input_ids.shape[1]), bool)
         mask_BT = np.concatenate([self.attention_mask, new], axis=1) & rows_B[:, None]
-        with active_mesh(self.mesh):
-            # The token chosen last is part of what makes the row long; the cache is cut before
-            # it, since the next step runs it.
-            length = ids_BT.shape[1] - 1
-            _, cache = self._prefill(ids_BT, mask_BT, self.state.cache, length)
+        # The token chosen last is part of what makes the row long; the cache is cut before
+        # it, since the next step runs it.
+        length = ids_BT.shape[1] - 1
+        _, cache = self._prefill(ids_BT, mask_BT, self.state.cache, length)
         long_B = self.state.long_B | rows_B
         self.state = dataclasses.replace(self.state, cache=cache, long_B=long_B)
 
@@ -242,9 +238,8 @@ def prepare(
     mesh = home if mesh is None else mesh
     return Request(
         # The folder's settings are in `settings` now; without them the program is the same for all.
-        model=model.clone(generation_config=None),
+        model=model.clone(generation_config=None, mesh=mesh),
         params=params,
-        mesh=mesh,
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,

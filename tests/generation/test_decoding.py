@@ -13,6 +13,7 @@ from reference import (
     config_values,
     hf_weights,
     left_padded,
+    on_mesh,
     params_of,
     prompts,
     tokens,
@@ -24,7 +25,6 @@ from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.decoding import bucket
 from phi3_jax.generation.processors import Settings
 from phi3_jax.generation.request import stream
-from phi3_jax.sharding import abstract_params
 
 # How often each program was compiled, by its name.
 COMPILED: Counter[str] = Counter()
@@ -295,8 +295,7 @@ def test_a_model_without_a_head_is_refused():
 def test_parameters_on_another_mesh_are_refused():
     model, params = model_and_params("gqa")
     mesh, other = phi3.make_mesh(1, 2, 4), phi3.make_mesh(2, 2, 2)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
-    sharded = jax.tree.map(jax.device_put, params, places)
+    _, sharded = on_mesh(model, params, mesh)
     with pytest.raises(ValueError, match="the parameters are on the mesh"):
         phi3.generate(model, sharded, [[3]], mesh=other)
     with pytest.raises(ValueError, match="the parameters are on one device"):
@@ -308,8 +307,7 @@ def test_nothing_compiles_while_decoding_on_a_mesh(case):
     """With the batch sharded, and rows that cross; and the tokens are those of one device."""
     model, params = model_and_params(case)
     mesh = phi3.make_mesh(2, 2, 2)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
-    sharded = jax.tree.map(jax.device_put, params, places)
+    _, sharded = on_mesh(model, params, mesh)
     ids, mask = left_padded(prompts((7, 12, 16, 15)))
     new = dict(max_new_tokens=7, eos_token_id=None)
     steps_compiled = COMPILED["jit(decode_step)"]

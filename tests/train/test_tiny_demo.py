@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import phi3_jax as phi3
-from phi3_jax.model import IGNORED_LABEL
+from phi3_jax.loss import IGNORED_LABEL
 from train.tiny_demo import build, tasks
 
 FOLDER = resources.files("phi3_jax") / "tiny_demo"

@@ -31,7 +31,7 @@ import sentencepiece
 
 import phi3_jax as phi3
 from phi3_jax.folder import staged_folder
-from phi3_jax.model import IGNORED_LABEL
+from phi3_jax.loss import IGNORED_LABEL
 from train.tiny_demo.tasks import KINDS, Chat, held_out_chats, training_chats
 
 STEPS = 2600

@@ -1,0 +1,255 @@
+"""The parts of the decoder, from a norm to a layer. Letters as in model.py.
+
+Modules and parameters have the names of the Hugging Face checkpoint. The fused kernels keep their
+parts on an axis of their own (qkv [D, K, G+2, H], gate_up [D, 2, F]), so that a tensor-parallel
+shard holds whole key-value groups and cutting the parts apart moves nothing between devices.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from phi3_jax.attention import Visible, attend
+from phi3_jax.config import Phi3Config
+from phi3_jax.rope import apply_rope
+from phi3_jax.sharding import Names, constrain, padded_shape
+
+ACTIVATION_FUNCTIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_new": partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "relu6": nn.relu6,
+    "sigmoid": nn.sigmoid,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What every layer gets alike.
+
+    Attributes:
+      cos_sin: of the rotary embedding, float32 [B, T, R] each.
+      visible: what the queries see.
+      keep_kv, keep_hidden, keep_probs: what a layer returns beside its output.
+      deterministic: no dropout.
+    """
+
+    cos_sin: tuple[jax.Array, jax.Array]
+    visible: Visible
+    keep_kv: bool = flax.struct.field(pytree_node=False)
+    keep_hidden: bool = flax.struct.field(pytree_node=False)
+    keep_probs: bool = flax.struct.field(pytree_node=False)
+    deterministic: bool = flax.struct.field(pytree_node=False)
+
+
+class Part(nn.Module):
+    """What all modules have.
+
+    Attributes:
+      config: sizes and settings.
+      dtype: what activations are computed in; parameters are cast to it where they are used.
+      param_dtype: what `init` makes parameters in.
+      mesh: where the model is laid out, or None for one device.
+    """
+
+    config: Phi3Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """The attributes that a module hands on to those inside of it."""
+        names = ("config", "dtype", "param_dtype", "mesh")
+        return {name: getattr(self, name) for name in names}
+
+    def new_param(self, name: str, init: Any, shape: tuple[int, ...], names: Names) -> Any:
+        """A parameter with logical axis names, padded with zeros as the mesh needs it."""
+        whole = padded_shape(names, shape, self.mesh)
+        padding = [(0, b - a) for a, b in zip(shape, whole, strict=True)]
+        padded = lambda key, shape, dtype: jnp.pad(init(key, shape, dtype), padding)  # noqa: E731
+        boxed = nn.with_logical_partitioning(padded, names)
+        return self.param(name, boxed, shape, self.param_dtype)
+
+    def normal(self) -> Any:
+        """The initializer of all matrices, as measured in the reference: not truncated."""
+        return nn.initializers.normal(self.config.initializer_range)
+
+    def laid_out(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual stream: rows over the mesh, whole in its width."""
+        return constrain(x_BTD, "batch", None, None, mesh=self.mesh)
+
+
+class RMSNorm(Part):
+    """Root-mean-square norm over the last axis, in the cast order of the reference (Phi3RMSNorm).
+
+    The statistics are float32 and the result is cast to the input's dtype BEFORE the weight
+    multiplies it: in bfloat16 a quarter of the values differ the other way round.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.new_param("weight", nn.initializers.ones, x.shape[-1:], ("norm",))
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(variance + self.config.rms_norm_eps)).astype(x.dtype)
+        if x.dtype != jnp.float32:
+            # The compiler may keep more bits than the cast asks for; here the bits are the point.
+            info = jnp.finfo(x.dtype)
+            normed = jax.lax.reduce_precision(normed, info.nexp, info.nmant)
+        return weight.astype(x.dtype) * normed
+
+
+class Projection(Part, kw_only=True):
+    """A linear map without bias, written as an einsum of its input and its weight."""
+
+    equation: str
+    shape: tuple[int, ...]
+    names: Names
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.new_param("weight", self.normal(), self.shape, self.names)
+        return jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
+
+
+class VocabTable(Part):
+    """A vector for each word [V, D]: the head, or the part of the embedding that a head shares."""
+
+    def setup(self):
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        self.weight: Any = self.new_param("weight", self.initializer(), shape, ("vocab", "embed"))
+
+    def initializer(self) -> Any:
+        """How `init` fills the table."""
+        return self.normal()
+
+
+class Embedding(VocabTable):
+    """The table of the input tokens."""
+
+    def initializer(self) -> Any:
+        """As torch.nn.Embedding(padding_idx=...) begins: the padding's row is zero."""
+        pad, normal = self.config.pad_token_id, self.normal()
+        if pad is None:
+            return normal
+        return lambda key, shape, dtype: normal(key, shape, dtype).at[pad].set(0)
+
+    def __call__(self, input_ids_BT: jax.Array) -> jax.Array:
+        """The tokens' rows [B, T, D]; NaN for an id outside the vocabulary, not a neighbour's row.
+
+        As in the reference (padding_idx) no gradient reaches the padding's row from here; a tied
+        head still gives it one.
+        """
+        # A negative id would count from the end, one above it may meet the table's padding.
+        known_BT = (input_ids_BT >= 0) & (input_ids_BT < self.config.vocab_size)
+        rows_BT = jnp.where(known_BT, input_ids_BT, len(self.weight))
+        # Whole in its width, since that of the result is whole: otherwise the compiler replicates
+        # rows and width in turn.
+        table_VD = constrain(self.weight.astype(self.dtype), "vocab", None, mesh=self.mesh)
+        x_BTD = jnp.take(table_VD, rows_BT, axis=0)
+        if self.config.pad_token_id is None:
+            return x_BTD
+        is_pad = (input_ids_BT == self.config.pad_token_id)[..., None]
+        return jnp.where(is_pad, jax.lax.stop_gradient(x_BTD), x_BTD)
+
+
+class Attention(Part):
+    """Grouped-query attention with rotary embedding and an optional window."""
+
+    @nn.compact
+    def __call__(self, x_BTD, cached, inputs: LayerInputs):
+        """Returns the mixed values [B, T, D], this call's keys and values [B, T, K, H], and the
+        probabilities [B, K, G, T, S] where the implementation has them.
+        """
+        config = self.config
+        D, K, H = config.hidden_size, config.num_key_value_heads, config.head_dim
+        G = config.num_attention_heads // K
+        qkv_proj = Projection(
+            **self.alike,
+            equation="BTD,DKCH->BTKCH",
+            shape=(D, K, G + 2, H),
+            names=("embed", "kv_heads", None, None),
+            name="qkv_proj",
+        )
+        o_proj = Projection(
+            **self.alike,
+            equation="BTKGH,KGHD->BTD",
+            shape=(K, G, H, D),
+            names=("kv_heads", None, None, "embed"),
+            name="o_proj",
+        )
+
+        # Each key-value group holds its G query heads, then its key, then its value.
+        qkv_BTKCH = checkpoint_name(qkv_proj(x_BTD), "qkv")
+        qk_BTKCH = apply_rope(qkv_BTKCH[:, :, :, : G + 1], *inputs.cos_sin)
+        q_BTKGH, k_BTKH = qk_BTKCH[:, :, :, :G], qk_BTKCH[:, :, :, G]
+        v_BTKH = qkv_BTKCH[:, :, :, G + 1]
+
+        keys, values = ([k_BTKH], [v_BTKH])
+        if cached is not None:
+            keys, values = [cached[0], *keys], [cached[1], *values]
+        dropout = None
+        if config.attention_dropout and not inputs.deterministic:
+            dropout = (config.attention_dropout, self.make_rng("dropout"))
+        mixed_BTKGH, probs = attend(q_BTKGH, keys, values, inputs.visible, self.mesh, dropout)
+        return o_proj(mixed_BTKGH), (k_BTKH, v_BTKH), probs
+
+
+class MLP(Part):
+    """The gated feed-forward: down(up * act(gate))."""
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        gate_up_proj = Projection(
+            **self.alike,
+            equation="BTD,DCF->BTCF",
+            shape=(D, 2, F),
+            names=("embed", None, "mlp"),
+            name="gate_up_proj",
+        )
+        down_proj = Projection(
+            **self.alike,
+            equation="BTF,FD->BTD",
+            shape=(F, D),
+            names=("mlp", "embed"),
+            name="down_proj",
+        )
+        gate_up_BTCF = gate_up_proj(x_BTD)
+        act = ACTIVATION_FUNCTIONS[self.config.hidden_act]
+        return down_proj(gate_up_BTCF[:, :, 1] * act(gate_up_BTCF[:, :, 0]))
+
+
+class DecoderLayer(Part):
+    """Two residual lines: attention, then the feed-forward, each on a normed input."""
+
+    @nn.compact
+    def __call__(self, x_BTD, cached, inputs: LayerInputs):
+        """Returns the output [B, T, D], and what `inputs` asks to keep, None for the rest: keys and
+        values, the output once more, the probabilities.
+        """
+        dropout = nn.Dropout(self.config.resid_pdrop, deterministic=inputs.deterministic)
+        normed = RMSNorm(**self.alike, name="input_layernorm")(x_BTD)
+        mixed, new_kv, probs = Attention(**self.alike, name="self_attn")(normed, cached, inputs)
+        x_BTD = self.laid_out(x_BTD + dropout(mixed))
+        normed = RMSNorm(**self.alike, name="post_attention_layernorm")(x_BTD)
+        x_BTD = self.laid_out(x_BTD + dropout(MLP(**self.alike, name="mlp")(normed)))
+        kept = (
+            new_kv if inputs.keep_kv else None,
+            x_BTD if inputs.keep_hidden else None,
+            probs if inputs.keep_probs else None,
+        )
+        return x_BTD, kept

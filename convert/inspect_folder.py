@@ -5,6 +5,7 @@ from pathlib import Path
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import find_folder, folder_kind
+from phi3_jax.hf_format import SCORE
 from phi3_jax.safetensors_files import DTYPES, SafetensorsFolder
 
 
@@ -30,7 +31,7 @@ def inspect_folder(source: str | Path) -> tuple[str, list[str]]:
         ]
     else:
         # Not at the top: a look at safetensors need not wait for JAX.
-        from phi3_jax.checkpoint import leaf_of, open_arrays
+        from phi3_jax.orbax_format import leaf_of, open_arrays
 
         arrays, problems = open_arrays(folder)
         leaves = {".".join(path): leaf_of(array) for path, array in arrays.items()}
@@ -46,7 +47,10 @@ def inspect_folder(source: str | Path) -> tuple[str, list[str]]:
     parameters = sum(math.prod(shape) for _, shape, _, _ in rows)
     lines += ["", f"{len(rows)} tensors, {parameters:,} parameters, {total:,} bytes", ""]
     try:
-        lines += _describe(Phi3Config.from_pretrained(folder))
+        config = Phi3Config.from_pretrained(folder)
+        lines += _describe(config)
+        if SCORE.hf_name in (row[0] for row in rows):
+            lines.append(f"id2label = {config.id2label}")
     except (FileNotFoundError, ValueError) as error:
         problems.append(str(error))
     return "\n".join(lines), problems

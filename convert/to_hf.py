@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from convert.pipeline import read_ahead
 from convert.progress import Report, silent
-from phi3_jax.checkpoint import OrbaxWeights
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import check_apart, copy_side_files, find_folder, folder_kind, staged_folder
+from phi3_jax.orbax_format import OrbaxWeights
+from phi3_jax.read_ahead import read_ahead
 from phi3_jax.safetensors_files import SafetensorsWriter
 
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from convert.pipeline import read_ahead
 from convert.progress import Report, silent
-from phi3_jax.checkpoint import OrbaxWriter
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import check_apart, copy_side_files, find_folder, folder_kind, staged_folder
 from phi3_jax.hf_format import HFWeights
+from phi3_jax.orbax_format import OrbaxWriter, create_arrays
+from phi3_jax.read_ahead import read_ahead
 
 
 def to_orbax(
@@ -35,7 +35,8 @@ def to_orbax(
     done = 0
     with staged_folder(target, force) as stage:
         copy_side_files(folder, stage)
-        writer = OrbaxWriter(stage, weights.table, weights.leaves)
+        create_arrays(stage, weights.table, weights.leaves)
+        writer = OrbaxWriter(stage, weights.table)
         parts = read_ahead(lambda part: weights.read(*part), weights.table.parts)
         for (path, layer), array in parts:
             writer.write(path, layer, array)

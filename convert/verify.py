@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.pipeline import read_ahead
 from convert.progress import Report, silent
 from phi3_jax.checkpoint import open_weights
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import find_folder
+from phi3_jax.read_ahead import read_ahead
 
 
 @dataclass(frozen=True)

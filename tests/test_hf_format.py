@@ -13,7 +13,7 @@ from model_folders import write_hf_folder, write_tensors
 from reference import config_values, hf_weights
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.hf_format import HFWeights, WeightTable
+from phi3_jax.hf_format import HFWeights, WeightTable, head_of
 from phi3_jax.safetensors_files import INDEX_FILE, Leaf, SafetensorsFolder, SafetensorsWriter
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -87,6 +87,48 @@ def test_large_transposes_are_copied_whole():
     tensor = np.arange(140 * 1036, dtype=np.float32).reshape(140, 1036)
     ours = np.ascontiguousarray(table.from_hf(path, tensor))
     np.testing.assert_array_equal(table.to_hf(path, ours), tensor)
+
+
+@pytest.mark.parametrize("head", ["lm_head", "score", "score_bias", "none"])
+@pytest.mark.parametrize("case", ["gqa", "mqa_tied_window1"])
+def test_the_names_say_which_head_a_folder_has(tmp_path, head, case):
+    tensors = write_hf_folder(tmp_path / "model", case, "F32", head=head, num_labels=3)
+    weights = HFWeights(tmp_path / "model", config_of(tmp_path / "model"))
+    table = weights.table
+    assert table.head == head
+    assert [table.hf_name(*part) for part in table.parts] == list(tensors)
+    assert head_of(".".join(path) for path in table.weights) == head
+    for path, layer in table.parts:
+        tensor = tensors[table.hf_name(path, layer)]
+        np.testing.assert_array_equal(table.to_hf(path, weights.read(path, layer)), tensor)
+    prefix = () if head == "none" else ("model",)
+    assert {*prefix, "embed_tokens", "weight"} == {*table.embedding}
+    if "score" in head:
+        np.testing.assert_array_equal(
+            weights.read(("score", "weight"), None), tensors["score.weight"]
+        )
+        assert weights.leaves["score", "weight"].shape == (3, 48)
+
+
+def test_differences_of_a_classifier_are_named(tmp_path):
+    tensors = write_hf_folder(tmp_path / "model", head="score_bias", num_labels=3)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["score.bias"] = tensors["score.bias"][:2]
+    del tensors["score.weight"]
+    write_tensors(tmp_path / "model", tensors)
+    assert problems_of(tmp_path / "model").splitlines()[1:] == [
+        "  score.weight: missing",
+        "  score.bias: shape (2,), the config makes it (3,)",
+        "  lm_head.weight: unexpected",
+    ]
+
+
+def test_a_broken_file_leaves_the_head_to_the_index(tmp_path):
+    write_hf_folder(tmp_path / "model", head="none", max_shard_bytes=30_000)
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    for shard in shards:
+        shard.write_bytes(b"")
+    assert problems_of(tmp_path / "model").startswith(f"{len(shards)} problems")
 
 
 def test_writer_copies_a_strided_array_in_order(tmp_path):

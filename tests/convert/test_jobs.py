@@ -29,19 +29,25 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "shard"),
+    ("case", "head", "dtype", "shard"),
     [
-        ("gqa", "BF16", 30_000),
-        ("gqa", "F32", 5_000_000_000),
-        ("mha_window", "F16", 5_000_000_000),
-        ("mqa_tied_window1", "BF16", 5_000_000_000),
-        ("longrope_partial_tied", "F32", 100_000),
-        ("head_dim", "BF16", 30_000),
+        ("gqa", "lm_head", "BF16", 30_000),
+        ("gqa", "lm_head", "F32", 5_000_000_000),
+        ("gqa", "score", "BF16", 30_000),
+        ("gqa", "none", "F32", 30_000),
+        ("mha_window", "lm_head", "F16", 5_000_000_000),
+        ("mqa_tied_window1", "lm_head", "BF16", 5_000_000_000),
+        ("mqa_tied_window1", "score_bias", "F32", 5_000_000_000),
+        ("mqa_tied_window1", "none", "BF16", 5_000_000_000),
+        ("longrope_partial_tied", "lm_head", "F32", 100_000),
+        ("head_dim", "lm_head", "BF16", 30_000),
+        ("head_dim", "score_bias", "F16", 30_000),
     ],
 )
-def test_there_and_back_every_bit_is_kept(tmp_path, case, dtype, shard):
+def test_there_and_back_every_bit_is_kept(tmp_path, case, head, dtype, shard):
     """Trap 34: same names, same bits, and the other files byte for byte."""
-    tensors = write_hf_folder(tmp_path / "hf", case, dtype, max_shard_bytes=shard)
+    source = tmp_path / "hf"
+    tensors = write_hf_folder(source, case, dtype, shard, head=head, num_labels=3)
     to_orbax(tmp_path / "hf", tmp_path / "orbax")
     assert folder_kind(tmp_path / "orbax") == "orbax"
     to_hf(tmp_path / "orbax", tmp_path / "back")
@@ -192,6 +198,19 @@ def test_inspect_lists_both_formats(tmp_path):
         assert re.search(shown, text)
         assert f"{count} tensors, {total // 2:,} parameters, {total:,} bytes" in text
         assert "num_key_value_heads = 2" in text and "rope = default, theta 10000.0" in text
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_inspect_names_the_labels_of_a_classifier(tmp_path, kind):
+    names = {0: "no", 1: "yes", 2: "unsure"}
+    write_hf_folder(tmp_path / "hf", head="score_bias", id2label=names)
+    to_orbax(tmp_path / "hf", tmp_path / "orbax")
+    text, problems = inspect_folder(tmp_path / kind)
+    assert problems == []
+    assert re.search(r"score\.bias +\[3\] +bfloat16 +6\n", text)
+    assert "id2label = {0: 'no', 1: 'yes', 2: 'unsure'}" in text
+    write_hf_folder(tmp_path / "causal")
+    assert "id2label" not in inspect_folder(tmp_path / "causal")[0]
 
 
 def test_inspect_shows_what_it_can_of_a_broken_folder(tmp_path):

@@ -133,7 +133,7 @@ def named_sharding(names: Names, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
 
 def default_device() -> jax.Device:
     """Where arrays go without a mesh: `jax.default_device`, or the first device of this process."""
-    chosen = jax.config.jax_default_device
+    chosen = jax.config.jax_default_device  # ty: ignore[missing-attribute]
     if isinstance(chosen, str):
         return jax.local_devices(backend=chosen)[0]
     return jax.local_devices()[0] if chosen is None else chosen

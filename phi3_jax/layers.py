@@ -78,10 +78,23 @@ class Part(nn.Module):
     def new_param(self, name: str, init: Any, shape: tuple[int, ...], names: Names) -> Any:
         """A parameter with logical axis names, padded with zeros as the mesh needs it."""
         whole = padded_shape(names, shape, self.mesh)
+        self._check_shape(name, whole)
         padding = [(0, b - a) for a, b in zip(shape, whole, strict=True)]
         padded = lambda key, shape, dtype: jnp.pad(init(key, shape, dtype), padding)  # noqa: E731
         boxed = nn.with_logical_partitioning(padded, names)
         return self.param(name, boxed, shape, self.param_dtype)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Parameters made for one mesh do not serve another one that pads otherwise."""
+        if not self.has_variable("params", name):
+            return  # about to be made
+        found = jnp.shape(nn.meta.unbox(self.get_variable("params", name)))
+        if found != shape:
+            place = "without a mesh" if self.mesh is None else f"on mesh {dict(self.mesh.shape)}"
+            raise ValueError(
+                f"parameter {'.'.join((*self.path, name))} has shape {found}, this model {place} "
+                f"has {shape}; load or make the parameters with the same config and mesh"
+            )
 
     def normal(self) -> Any:
         """The initializer of all matrices, as measured in the reference: not truncated."""
@@ -157,9 +170,10 @@ class Embedding(VocabTable):
         known_BT = (input_ids_BT >= 0) & (input_ids_BT < self.config.vocab_size)
         rows_BT = jnp.where(known_BT, input_ids_BT, len(self.weight))
         # Whole in its width, since that of the result is whole: otherwise the compiler replicates
-        # rows and width in turn.
-        table_VD = constrain(self.weight.astype(self.dtype), "vocab", None, mesh=self.mesh)
-        x_BTD = jnp.take(table_VD, rows_BT, axis=0)
+        # rows and width in turn. Cast after the lookup, so that the gradients of a frequent word
+        # are summed in the parameter's dtype.
+        table_VD = constrain(self.weight, "vocab", None, mesh=self.mesh)
+        x_BTD = jnp.take(table_VD, rows_BT, axis=0).astype(self.dtype)
         if self.config.pad_token_id is None:
             return x_BTD
         is_pad = (input_ids_BT == self.config.pad_token_id)[..., None]

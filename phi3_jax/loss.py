@@ -70,7 +70,8 @@ def causal_lm_loss(
       weight_VD: its table, of any float dtype; V may be padded. Logits have the dtype of hidden.
       labels_BT: the ids themselves (shifted here), -100 for those that do not count.
       vocab_size: the classes among V.
-      document_BT: int, the document of each token; the first token of one is not a label.
+      document_BT: int, the document of each token, 0 for padding; neither the first token of a
+        document nor padding is a label.
       num_items_in_batch: what to divide the sum by (labels over all accumulated batches and
         processes); by default the labels that count here.
       mesh: of the model.
@@ -79,7 +80,8 @@ def causal_lm_loss(
     targets_BT = jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
     if document_BT is not None:
         next_BT = jnp.pad(document_BT[:, 1:], ((0, 0), (0, 1)), mode="edge")
-        targets_BT = jnp.where(next_BT == document_BT, targets_BT, IGNORED_LABEL)
+        same_BT = (next_BT == document_BT) & (document_BT != 0)
+        targets_BT = jnp.where(same_BT, targets_BT, IGNORED_LABEL)
     B, T, D = hidden_BTD.shape
     chunk = _chunk(B, T, len(weight_VD), mesh) if chunk is None else min(chunk, T)
     count = -(-T // chunk)

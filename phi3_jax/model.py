@@ -158,7 +158,8 @@ class Phi3Model(Model):
           position_ids: int [B, T]; by default the columns counted from the start of the cache,
             with padding or without, as in the reference's forward. Without mask and cache, a
             position that does not follow the one before begins a new document, as in the
-            reference.
+            reference. As an argument of a compiled function they must be below
+            max_position_embeddings, unless `rope` covers more; NaN comes of others.
           inputs_embeds: float [B, T, D], in place of input_ids.
           cache: what earlier calls left; the tokens of this call attend to it and are added to
             the cache that is returned. Keys stay rotated as they were: a row that a call takes
@@ -316,7 +317,8 @@ class Phi3ForCausalLM(Model):
 
         Args:
           labels: int [B, T], the ids themselves (shifted here); -100 is left out of the loss, as
-            is the first token of each document of segment_ids. Where none is left the loss is 0.
+            are padding in segment_ids and the first token of each of its documents. Where none is
+            left the loss is 0.
           logits_to_keep: n for the last n tokens, 0 for all; int [n] with their columns, int
             [B, n] with the columns of each row; or bool [B, T], and the logits are then those of
             all marked tokens in a row [n, V] (not in a compiled function: n must be known).
@@ -349,7 +351,7 @@ class Phi3ForCausalLM(Model):
                 table.weight,
                 jnp.asarray(labels),
                 config.vocab_size,
-                document_BT=None if segment_ids is None else inputs.document_BT,
+                document_BT=None if segment_ids is None else inputs.segment_BT,
                 num_items_in_batch=num_items_in_batch,
                 mesh=self.mesh,
             )

@@ -1,5 +1,6 @@
 """The model against numbers that transformers made (golden/make_golden.py records how)."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,18 +9,29 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import CASES, LENGTHS, config_values, hf_weights, left_padded, params_of, prompts
+from reference import (
+    CASES,
+    HEADS,
+    LENGTHS,
+    config_values,
+    hf_weights,
+    left_padded,
+    params_of,
+    prompts,
+)
 from reference import tokens as some_tokens
 
 import phi3_jax as phi3
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.processors import Settings, repetition_penalty
+from phi3_jax.hf_format import WeightTable
 from phi3_jax.model import RMSNorm
 from phi3_jax.rope import apply_rope, inverse_frequencies, rope_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = np.load(GOLDEN / "model.npz")
 PARTS = np.load(GOLDEN / "parts.npz")
+CALLS = np.load(GOLDEN / "calls.npz")
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -34,7 +46,7 @@ def relative(ours, reference):
 
 
 def test_versions_are_recorded():
-    for golden in (MODEL, PARTS):
+    for golden in (MODEL, PARTS, CALLS):
         assert json.loads(str(golden["versions"]))["transformers"] == "5.23.0"
 
 
@@ -59,6 +71,77 @@ def test_greedy_equals_the_forward_without_cache(case, pads):
     )
     np.testing.assert_array_equal(result.sequences[:, : ids.shape[1]], ids)
     np.testing.assert_array_equal(result.sequences[:, ids.shape[1] :], golden)
+
+
+def recorded(name: str, side: str) -> dict[str, np.ndarray]:
+    """What came in, or out, in one of the recorded calls."""
+    start = f"{name}/{side}/"
+    return {key.removeprefix(start): CALLS[key] for key in CALLS.files if key.startswith(start)}
+
+
+def replayed(name: str, case: str, class_name: str = "Phi3ForCausalLM", changes=(), **more):
+    """Our output where the reference's is recorded, its logits and loss compared."""
+    config = phi3.Phi3Config(**config_values(case), **dict(changes))
+    head = HEADS[class_name]
+    params = params_of(config, hf_weights(config, case, head), head)
+    model = getattr(phi3, class_name)(config)
+    call = lambda params, inputs: model.apply({"params": params}, **inputs, **more)  # noqa: E731
+    out, expected = jax.jit(call)(params, recorded(name, "in")), recorded(name, "out")
+    assert relative(out.logits, expected["logits"]) < 1e-4
+    if "loss" in expected:
+        assert float(out.loss) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name, case", [("packed", "mha_window"), ("documents", "longrope"), ("mask", "gqa")]
+)
+def test_calls_with_other_inputs(name, case):
+    """Positions that begin anew; a short and a long document as each is alone; a whole mask."""
+    replayed(name, case)
+
+
+def test_hidden_states_and_attentions():
+    out = replayed("outputs", "longrope", output_hidden_states=True, output_attentions=True)
+    for name, golden in recorded("outputs", "out").items():
+        ours = getattr(out, name)
+        assert len(ours) == len(golden)
+        assert relative(np.stack(ours), golden) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "problem", ["regression", "single_label_classification", "multi_label_classification"]
+)
+def test_sequence_classification(problem):
+    name = "Phi3ForSequenceClassification"
+    changes = {"num_labels": 3, "problem_type": problem}
+    replayed(f"{name}/{problem}", "longrope_window", name, changes)
+
+
+def test_token_classification():
+    name = "Phi3ForTokenClassification"
+    replayed(name, "longrope_window", name, {"num_labels": 3})
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("case", ["gqa", "mqa_tied_window1"])
+def test_gradients(case, remat):
+    """Some rows of every kind of leaf, of an untied and of a tied model (trap 32)."""
+    config = phi3.Phi3Config(**config_values(case))
+    params = params_of(config, hf_weights(config, case))
+    model = phi3.Phi3ForCausalLM(config, remat=remat)
+    inputs = recorded(f"gradients/{case}", "in")
+    loss = lambda params: model.apply({"params": params}, **inputs).loss  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(params)
+    golden, table = recorded(f"gradients/{case}", "out"), WeightTable(config)
+    names = {table.hf_name(path, layer): (path, layer) for path, layer in table.parts}
+    for name, rows in golden.items():
+        path, layer = names[name]
+        leaf = functools.reduce(dict.__getitem__, path, grads)
+        ours = table.to_hf(path, np.asarray(leaf if layer is None else leaf[layer]))
+        assert np.abs(ours[::7] - rows).max() < 1e-4 * np.abs(ours).max(), name
+    pad_row = np.asarray(grads["model"]["embed_tokens"]["weight"][config.pad_token_id])
+    assert pad_row.any() == config.tie_word_embeddings
 
 
 def bfloat16(bits):

@@ -10,7 +10,7 @@ from reference import config_values, hf_weights, on_mesh, params_of, tokens
 import phi3_jax as phi3
 from phi3_jax.attention import Visible
 from phi3_jax.inputs import read_inputs
-from phi3_jax.layers import DecoderLayer, LayerInputs
+from phi3_jax.layers import DecoderLayer, Embedding, LayerInputs
 from phi3_jax.model import REMAT_POLICIES
 from phi3_jax.rope import rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import cut_padding, make_mesh
@@ -221,3 +221,26 @@ def test_padding_of_a_mesh_has_no_gradient():
     total = lambda tree: sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert sizes(gradients) > sizes(cut)
     np.testing.assert_allclose(total(gradients), total(cut), rtol=1e-6)
+
+
+def test_gradients_of_a_frequent_word_are_summed_in_the_parameters_dtype():
+    """A sum of 4096 ones ends at 256 in bfloat16."""
+    embedding = Embedding(phi3.Phi3Config(**config_values("gqa")), dtype="bfloat16")
+    table, ids = np.ones((97, 48), np.float32), np.full((4, 1024), 5)
+
+    def value(table):
+        rows = embedding.apply({"params": {"weight": table}}, ids)
+        assert rows.dtype == "bfloat16"
+        return rows.astype("float32").sum()
+
+    assert (jax.grad(value)(table)[5] == 4096).all()
+
+
+def test_parameters_of_another_mesh_are_named():
+    model, params = model_and_params("longrope_partial_tied")
+    mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    words = r"model.embed_tokens.weight has shape \(97, 48\), .*'tensor': 2} has \(98, 48\)"
+    with pytest.raises(ValueError, match=words):
+        model.clone(mesh=mesh).apply({"params": params}, tokens(1, 3))
+    with pytest.raises(ValueError, match="this model without a mesh has"):
+        model.apply({"params": on_mesh(model, params, mesh)[1]}, tokens(1, 3))

@@ -97,11 +97,11 @@ def test_accumulated_batches_equal_a_large_one():
     assert abs(means - whole) > 1e-3
 
 
-def test_the_first_token_of_a_document_is_no_label():
+def test_neither_the_first_token_of_a_document_nor_padding_is_a_label():
     hidden, table, labels = batch()
-    documents = jnp.asarray(np.repeat([[0, 1, 2]], [4, 2, 5], axis=1).repeat(B, axis=0))
+    documents = jnp.asarray(np.repeat([[1, 2, 3, 0]], [4, 2, 3, 2], axis=1).repeat(B, axis=0))
     got = causal_lm_loss(hidden, table, labels, V, document_BT=documents)
-    cut = labels.at[:, jnp.array([4, 6])].set(-100)
+    cut = labels.at[:, jnp.array([4, 6, 9, 10])].set(-100)
     np.testing.assert_allclose(got, plain_loss(hidden, table, cut), rtol=1e-6)
 
 

@@ -1,14 +1,24 @@
-"""Meshes, the rule table, and the same numbers on one device and on eight."""
+"""Meshes, the rule table, and what is asked of the compiler."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-from reference import config_values, hf_weights, params_of, tokens
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from reference import config_values, hf_weights, on_mesh, params_of, tokens
 
 import phi3_jax as phi3
-from phi3_jax.sharding import abstract_params, active_mesh, constrain, logical_spec, mesh_of
+from phi3_jax.sharding import (
+    abstract_params,
+    axis_size,
+    constrain,
+    init_params,
+    logical_spec,
+    mesh_of,
+    padded_shape,
+)
+
+TENSOR, FSDP = "tensor", "fsdp"
 
 
 def test_make_mesh_takes_what_is_left():
@@ -16,18 +26,28 @@ def test_make_mesh_takes_what_is_left():
     assert dict(phi3.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
+def test_make_mesh_of_some_devices():
+    devices = jax.devices()[2:8]
+    mesh = phi3.make_mesh(1, -1, 3, devices=devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 3}
+    assert set(mesh.devices.flat) == set(devices)
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
 @pytest.mark.parametrize(
-    "sizes, words",
+    "sizes, count, words",
     [
-        ((1, 1, 3), "does not make 8 devices; each size must be one of \\[1, 2, 4, 8\\]"),
-        ((3, 1, -1), "does not make 8 devices"),
-        ((-1, -1, 2), "only one size can be left open"),
-        ((0, 1, 8), "'data' has size 0"),
+        ((1, 1, 3), 8, r"does not make 8 devices; each size must be one of \[1, 2, 4, 8\]"),
+        ((1, 1, 4), 6, r"does not make 6 devices; each size must be one of \[1, 2, 3, 6\]"),
+        ((3, 1, -1), 8, "does not make 8 devices"),
+        ((-1, -1, 2), 8, "only one size can be left open"),
+        ((0, 1, 8), 8, "'data' has size 0"),
+        ((1, -2, 8), 8, "'fsdp' has size -2"),
     ],
 )
-def test_meshes_that_cannot_be(sizes, words):
+def test_meshes_that_cannot_be(sizes, count, words):
     with pytest.raises(ValueError, match=words):
-        phi3.make_mesh(*sizes)
+        phi3.make_mesh(*sizes, devices=jax.devices()[:count])
 
 
 def test_what_does_not_divide_is_replicated():
@@ -38,48 +58,155 @@ def test_what_does_not_divide_is_replicated():
     both = phi3.make_mesh(2, 2, 2)
     assert logical_spec(("batch",), (8,), both) == PartitionSpec(("data", "fsdp"))
     assert logical_spec(("batch",), (2,), both) == PartitionSpec("data")
+    assert logical_spec(("batch",), (1,), both) == PartitionSpec(None)
 
 
-def test_a_constraint_takes_effect():
-    mesh = phi3.make_mesh(2, 2, 2)
-    place = jax.jit(lambda x: constrain(x * 2, "batch", None))
-    with active_mesh(mesh):
-        out = place(jnp.ones((8, 3)))
-    assert out.sharding.is_equivalent_to(
-        NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None)), 2
-    )
+def test_what_the_tensor_axis_shards_is_padded():
+    mesh = phi3.make_mesh(1, 2, 4)
+    assert padded_shape(("embed", "kv_heads", None), (7, 10, 6), mesh) == (7, 12, 6)
+    assert padded_shape((None, "vocab"), (7, 97), mesh) == (7, 100)
+    assert padded_shape(("mlp",), (97,), None) == (97,)
+
+
+# Leaf, its shape on the mesh (layers, of 10 key-value heads 12), and its partition.
+PHI3_MEDIUM = {
+    "model.embed_tokens.weight": ((32064, 5120), (TENSOR, FSDP)),
+    "model.layers.self_attn.qkv_proj.weight": (
+        (40, 5120, 12, 6, 128),
+        (None, FSDP, TENSOR, None, None),
+    ),
+    "model.layers.self_attn.o_proj.weight": (
+        (40, 12, 4, 128, 5120),
+        (None, TENSOR, None, None, FSDP),
+    ),
+    "model.layers.mlp.gate_up_proj.weight": ((40, 5120, 2, 17920), (None, FSDP, None, TENSOR)),
+    "model.layers.mlp.down_proj.weight": ((40, 17920, 5120), (None, TENSOR, FSDP)),
+    "model.layers.input_layernorm.weight": ((40, 5120), (None, None)),
+    "model.layers.post_attention_layernorm.weight": ((40, 5120), (None, None)),
+    "model.norm.weight": ((5120,), (None,)),
+    "lm_head.weight": ((32064, 5120), (TENSOR, FSDP)),
+}
 
 
 def test_abstract_params_name_every_leafs_place():
+    config = phi3.Phi3Config.preset("phi-3-medium-4k")
+    mesh = phi3.make_mesh(1, 2, 4)
+    leaves = {
+        ".".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            abstract_params(phi3.Phi3ForCausalLM(config, mesh=mesh, param_dtype=jnp.bfloat16))
+        )
+    }
+    assert {name: (leaf.shape, tuple(leaf.sharding.spec)) for name, leaf in leaves.items()} == (
+        PHI3_MEDIUM
+    )
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.sharding.mesh for leaf in leaves.values()} == {mesh}
+
+
+def test_abstract_params_without_a_mesh_are_on_one_device():
     config = phi3.Phi3Config.preset("phi-3-mini-4k")
-    leaves = abstract_params(phi3.Phi3ForCausalLM(config), phi3.make_mesh(1, 2, 4))
-    assert sum(leaf.size for leaf in jax.tree.leaves(leaves)) == 3_821_079_552
-    qkv = leaves["model"]["layers"]["self_attn"]["qkv_proj"]["weight"]
-    assert qkv.shape == (32, 3072, 32, 3, 96)
-    assert qkv.sharding.spec == PartitionSpec(None, "fsdp", "tensor", None, None)
-    down = leaves["model"]["layers"]["mlp"]["down_proj"]["weight"]
-    assert down.sharding.spec == PartitionSpec(None, "tensor", "fsdp")
-    assert leaves["lm_head"]["weight"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    leaves = jax.tree.leaves(abstract_params(phi3.Phi3ForCausalLM(config)))
+    assert sum(leaf.size for leaf in leaves) == 3_821_079_552
+    assert {device for leaf in leaves for device in leaf.sharding.device_set} == {jax.devices()[0]}
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), (1, 4, 2)])
-@pytest.mark.parametrize("case", ["longrope", "mha_window"])
-def test_meshes_compute_what_one_device_does(case, sizes):
-    """The vocabulary of 97 divides by no mesh; nothing is padded for that, so no padded id can be
-    drawn or enter the loss (trap 36).
+@pytest.mark.parametrize("make", [abstract_params, init_params])
+def test_a_width_that_does_not_divide_is_refused(make):
+    """With the parameter, the axis, the sizes, and those that would work."""
+    config = phi3.Phi3Config(**config_values("gqa"))
+    model = phi3.Phi3ForCausalLM(config, mesh=phi3.make_mesh(1, 5, 1, devices=jax.devices()[:5]))
+    words = (
+        r"lm_head\.weight of shape \(97, 48\): its dimension 'embed' of 48 does not divide over "
+        r"mesh axis 'fsdp' of size 5; sizes that would work are \[1, 2, 3, 4, 6, 8, 12, 16, 24, "
+        r"48\]"
+    )
+    with pytest.raises(ValueError, match=words):
+        make(model)
+
+
+def test_a_mesh_with_other_axes_is_refused():
+    """It would shard nothing, in silence."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "model"))
+    model = phi3.Phi3ForCausalLM(phi3.Phi3Config(**config_values("gqa")), mesh=mesh)
+    with pytest.raises(ValueError, match=r"axes \['model'\], known are \['data', 'fsdp', 'tens"):
+        abstract_params(model)
+
+
+def test_a_mesh_may_lack_axes():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    assert axis_size(mesh, "tensor") == 2 and axis_size(mesh, "fsdp") == 1
+    assert logical_spec(("batch", "embed", "vocab"), (2, 2, 2), mesh) == PartitionSpec(
+        None, None, "tensor"
+    )
+
+
+def rows_over(mesh, *more):
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *more))
+
+
+def test_a_constraint_takes_effect():
+    """By the mesh of the model, and by that of jax.set_mesh; a no-op would leave one device."""
+    mesh = phi3.make_mesh(2, 2, 2)
+    out = jax.jit(lambda x: constrain(x * 2, "batch", None, mesh=mesh))(jnp.ones((8, 3)))
+    assert out.sharding.is_equivalent_to(rows_over(mesh, None), 2)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: constrain(x * 2, "batch", None))(jnp.ones((8, 3)))
+    assert out.sharding.is_equivalent_to(rows_over(mesh, None), 2)
+
+
+def test_a_constraint_without_a_mesh_asks_nothing():
+    x = jnp.ones((8, 3))
+    assert constrain(x, "batch", None) is x
+
+
+@pytest.mark.parametrize("how", ["model.mesh", "jax.set_mesh"])
+def test_the_residual_stream_is_laid_out(how):
+    """Nothing but the constraints says so: parameters and ids come whole to every device, and the
+    compiler would compute all of it everywhere.
     """
-    config = phi3.Phi3Config(**config_values(case))
-    model, params = phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, case))
-    ids = tokens(4, 18)
+    mesh = phi3.make_mesh(2, 2, 2)
+    config = phi3.Phi3Config(**config_values("longrope"))
+    model = phi3.Phi3Model(config, mesh=mesh if how == "model.mesh" else None)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)  # noqa: E731
+    params = jax.tree.map(place, abstract_params(model))
+    ids = jax.ShapeDtypeStruct((8, 18), jnp.int32, sharding=everywhere)
+
+    def run(params, ids):
+        return model.apply({"params": params}, ids, output_hidden_states=True)
+
+    if how == "model.mesh":
+        compiled = jax.jit(run).lower(params, ids).compile()
+    else:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(run).lower(params, ids).compile()
+    out = compiled.output_shardings
+    for place in (out.last_hidden_state, *out.hidden_states):
+        assert place.is_equivalent_to(rows_over(mesh, None, None), 3)
+
+
+def test_activations_of_each_device_are_its_share():
+    """Heads, mlp and vocabulary are cut without a constraint on each: the compiler follows the
+    parameters. Logits of 97 words are 104 in memory, 13 on each of eight devices.
+    """
+    config = phi3.Phi3Config(**config_values("mha_window"))
+    model = phi3.Phi3ForCausalLM(config, mesh=phi3.make_mesh(1, 1, 8))
+    ids = jax.ShapeDtypeStruct((3, 18), jnp.int32)
+    run = lambda params, ids: model.apply({"params": params}, ids, labels=ids).loss  # noqa: E731
+    text = jax.jit(run).lower(abstract_params(model), ids).compile().as_text()
+    assert "f32[3,18,13]" in text and "f32[3,18,104]" not in text and "f32[3,18,97]" not in text
+    assert "f32[3,18,1,3,8]" in text and "f32[3,18,8,3,8]" not in text  # q, k, v of 6 heads, 8
+    assert "f32[3,18,2,10]" in text and "f32[3,18,2,80]" not in text  # gate and up
+
+
+def test_a_batch_smaller_than_the_mesh_is_replicated():
+    config = phi3.Phi3Config(**config_values("longrope"))
+    model, params = phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, "longrope"))
+    ids = tokens(1, 18)
     alone = jax.jit(model.apply)({"params": params}, ids, labels=ids)
-    mesh = phi3.make_mesh(*sizes)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
-    sharded = jax.tree.map(jax.device_put, params, places)
-    assert mesh_of(sharded) == mesh and mesh_of(params) is None
-    with active_mesh(mesh):
-        out = jax.jit(model.apply)({"params": sharded}, ids, labels=ids)
+    laid_out, sharded = on_mesh(model, params, phi3.make_mesh(2, 2, 2))
+    assert mesh_of(sharded) == laid_out.mesh and mesh_of(params) is None
+    out = jax.jit(laid_out.apply)({"params": sharded}, ids, labels=ids)
     np.testing.assert_allclose(out.logits, alone.logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(out.loss, alone.loss, rtol=1e-5)
-    result = phi3.generate(model, params, ids[:2, :15], max_new_tokens=5, eos_token_id=None)
-    meshed = phi3.generate(model, sharded, ids[:2, :15], max_new_tokens=5, eos_token_id=None)
-    np.testing.assert_array_equal(meshed.sequences, result.sequences)

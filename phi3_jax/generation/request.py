@@ -229,7 +229,7 @@ def prepare(
         )
     capacity = bucket(room or needed)
     home = mesh_of(params)
-    if mesh is not None and mesh.size > 1 and home != mesh:
+    if mesh is not None and home != mesh and (home is not None or mesh.size > 1):
         place = "one device" if home is None else f"the mesh {dict(home.shape)}"
         raise ValueError(
             f"the parameters are on {place}, not on the mesh {dict(mesh.shape)}; load them with "

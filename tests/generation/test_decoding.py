@@ -300,6 +300,9 @@ def test_parameters_on_another_mesh_are_refused():
         phi3.generate(model, sharded, [[3]], mesh=other)
     with pytest.raises(ValueError, match="the parameters are on one device"):
         phi3.generate(model, params, [[3]], mesh=other)
+    alone = phi3.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="the parameters are on the mesh"):
+        phi3.generate(model, sharded, [[3]], mesh=alone)
 
 
 @pytest.mark.parametrize("case", ["gqa", "longrope"])

@@ -34,21 +34,11 @@ from reference import (  # noqa: E402
     prompts,
     tokens,
 )
+from torch_reference import as_torch, both, hf_model, run  # noqa: E402
 
 from phi3_jax.config import Phi3Config  # noqa: E402
 
 NEW_TOKENS = 40
-
-
-def hf_model(values: dict, weights: dict) -> torch.nn.Module:
-    """The reference with these weights, eager attention, float32."""
-    config = transformers.Phi3Config(**values, attn_implementation="eager")
-    model = transformers.Phi3ForCausalLM(config).eval()
-    state = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = ["lm_head.weight"] if values.get("tie_word_embeddings") else []
-    assert missing == tied and not unexpected, (missing, unexpected)
-    return model
 
 
 @torch.no_grad()
@@ -134,9 +124,74 @@ def parts_golden() -> dict[str, np.ndarray]:
     return arrays
 
 
+def calls_golden() -> dict[str, np.ndarray]:
+    """Other inputs, outputs and heads; with each, by the names of the arguments, what came in."""
+    arrays = {}
+
+    def record(name, model, asked: dict, **more):
+        arrays.update({f"{name}/in/{key}": value for key, value in asked.items()})
+        out = run(model, **asked, **more)
+        arrays[f"{name}/out/logits"] = out.logits.numpy()
+        if out.loss is not None:
+            arrays[f"{name}/out/loss"] = out.loss.numpy()
+        return out
+
+    rng = np.random.default_rng(0)
+    model, _, _ = both(config_values("mha_window"), name="mha_window")
+    packed = [[*range(6), *range(3), *range(9)], [*range(1), *range(14), *range(3)]]
+    asked = {"input_ids": tokens(2, 18), "position_ids": np.array(packed, np.int32)}
+    record("packed", model, asked)
+
+    model, _, _ = both(config_values("longrope"), name="longrope")
+    short, long = tokens(1, 5), tokens(1, 17)
+    alone = [run(model, ids).logits.numpy() for ids in (short, long)]
+    arrays["documents/in/input_ids"] = np.concatenate([short, long], axis=1)
+    arrays["documents/in/segment_ids"] = np.repeat([2, 1], [5, 17])[None].astype(np.int32)
+    arrays["documents/out/logits"] = np.concatenate(alone, axis=1)
+    asked = {"input_ids": tokens(2, 6)}
+    out = record("outputs", model, asked, output_hidden_states=True, output_attentions=True)
+    arrays["outputs/out/hidden_states"] = torch.stack(out.hidden_states).numpy()
+    arrays["outputs/out/attentions"] = torch.stack(out.attentions).numpy()
+
+    model, _, _ = both(config_values("gqa"), name="gqa")
+    keep = (rng.random((2, 6, 9, 9)) < 0.5) | np.eye(9, dtype=bool)
+    additive = np.where(keep, 0, np.finfo(np.float32).min).astype(np.float32)
+    record("mask", model, {"input_ids": tokens(2, 9), "attention_mask": additive})
+
+    ids = tokens(3, 18)
+    ids[0, 11:], ids[1, :4], ids[2, 5] = 0, 0, 0
+    values = {**config_values("longrope_window"), "num_labels": 3}
+    for problem, labels in {
+        "regression": rng.normal(size=(3, 3)).astype(np.float32),
+        "single_label_classification": np.array([2, -100, 1], np.int32),
+        "multi_label_classification": rng.integers(0, 2, (3, 3)).astype(np.float32),
+    }.items():
+        name, values["problem_type"] = "Phi3ForSequenceClassification", problem
+        model, _, _ = both(values, name, "longrope_window")
+        record(f"{name}/{problem}", model, {"input_ids": ids, "labels": labels})
+    name = "Phi3ForTokenClassification"
+    model, _, _ = both(values, name, "longrope_window")
+    record(name, model, {"input_ids": ids, "labels": np.where(ids % 4 == 3, -100, ids % 4)})
+
+    for case in ("gqa", "mqa_tied_window1"):
+        model, _, _ = both(config_values(case), name=case)
+        ids = tokens(3, 9)
+        ids[0, 6:], ids[1, 1] = 0, 0
+        labels = ids.copy()
+        labels[0, 6:] = -100
+        arrays[f"gradients/{case}/in/input_ids"] = ids
+        arrays[f"gradients/{case}/in/labels"] = labels
+        model(as_torch(ids), labels=as_torch(labels), use_cache=False).loss.backward()
+        for weight_name, weight in model.named_parameters():
+            # A few rows of each leaf, padding's among them.
+            if "layers" not in weight_name or "layers.1." in weight_name:
+                arrays[f"gradients/{case}/out/{weight_name}"] = weight.grad.numpy()[::7]
+    return arrays
+
+
 def main() -> None:
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    for name, make in (("model", model_golden), ("parts", parts_golden)):
+    for name, make in (("model", model_golden), ("parts", parts_golden), ("calls", calls_golden)):
         arrays = make() | {"versions": np.array(json.dumps(versions))}
         np.savez_compressed(HERE / f"{name}.npz", **arrays)
         print(name, len(arrays), (HERE / f"{name}.npz").stat().st_size)

@@ -26,6 +26,7 @@ _HOME = {
     "resize_token_embeddings": "phi3_jax.resize",
     "save_checkpoint": "phi3_jax.checkpoint",
     "save_pretrained": "phi3_jax.checkpoint",
+    "shard_params": "phi3_jax.sharding",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from phi3_jax.resize import resize_token_embeddings as resize_token_embeddings
     from phi3_jax.sharding import init_params as init_params
     from phi3_jax.sharding import make_mesh as make_mesh
+    from phi3_jax.sharding import shard_params as shard_params
     from phi3_jax.text.generator import TextGenerator as TextGenerator
     from phi3_jax.text.tokenizer import Tokenizer as Tokenizer
 

@@ -32,7 +32,8 @@ class KVCache:
       valid_BS: bool, the slots that hold a token of the row; none from `length` on.
       length: int32 scalar, the columns used so far.
       filled: False (static) where the next call is not to look at the slots: an empty cache, or
-        rows that are computed anew.
+        rows that are computed anew. The first write makes it True, so that a cache carried through
+        a compiled loop has to be written once before.
     """
 
     k_LBSKH: jax.Array
@@ -119,11 +120,14 @@ class KVCache:
         )
 
     def rewind(self) -> "KVCache":
-        """The cache as it stands, about to be written again from its first column."""
+        """The cache as it stands, about to be written again from its first column; rows that the
+        next call masks keep their slots. It is to be cut to its length afterwards (`truncate`).
+        """
         return dataclasses.replace(self, length=jnp.zeros((), jnp.int32), filled=False)
 
     def truncate(self, length: jax.typing.ArrayLike) -> "KVCache":
-        """The cache with its first `length` columns only; the slots behind are free again."""
+        """The cache with its first `length` columns at most; the slots behind are free again."""
+        length = jnp.minimum(length, self.length)
         kept = jnp.arange(self.capacity) < length
         return dataclasses.replace(
             self, valid_BS=self.valid_BS & kept, length=jnp.asarray(length, jnp.int32)

@@ -23,12 +23,12 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.folder import find_folder, flush, folder_kind
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.hf_format import Head, HFWeights, LeafPath, WeightTable, raise_problems
-from phi3_jax.model import Phi3ForCausalLM, Phi3Model
+from phi3_jax.model import Model, Phi3ForCausalLM, Phi3Model
 from phi3_jax.orbax_format import OrbaxWeights, OrbaxWriter, create_arrays
 from phi3_jax.processes import by_all, staged_by_all
 from phi3_jax.read_ahead import read_ahead
 from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsWriter
-from phi3_jax.sharding import abstract_params, init_params
+from phi3_jax.sharding import abstract_params, init_params, plain_tree
 
 _HEADS: dict[type[nn.Module], Head] = {
     Phi3Model: "none",
@@ -76,7 +76,8 @@ def from_pretrained(
         Phi3Model for the decoder alone.
       dtype: of parameters and activations; None for the stored one.
       mesh: where the parameters go; by default on the first device.
-      config_overrides: fields of Phi3Config, laid over those of the folder: num_labels=5.
+      config_overrides: fields of Phi3Config, laid over those of the folder: num_labels=5. How a
+        model computes is no part of its config: `model.clone(attn_implementation=..., remat=...)`.
 
     Returns:
       The module, with its `generation_config` from the folder, and the nested dict of parameters.
@@ -86,6 +87,9 @@ def from_pretrained(
       ValueError: where the folder's weights are not those of its config with the overrides, or a
         causal model's head is not there; for an override that is no field.
     """
+    if not isinstance(model_class, type) or not issubclass(model_class, Model):
+        names = ", ".join(known.__name__ for known in _HEADS)
+        raise ValueError(f"model_class is {model_class!r}, must be one of {names}")
     folder = find_folder(folder)
     config = Phi3Config.from_pretrained(folder, **config_overrides)
     weights = open_weights(folder, config)
@@ -325,7 +329,7 @@ def _check_params(
         head = "score"
     table = WeightTable(model.config, head)
     padded = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(model)).items()}
-    arrays = flatten_dict(params)
+    arrays = flatten_dict(plain_tree(params))
     leaves = {
         path: Leaf(
             table.shape(path) if array.shape == padded.get(path) else tuple(array.shape),

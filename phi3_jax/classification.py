@@ -156,6 +156,7 @@ class Phi3ForTokenClassification(Model):
         attention_mask: Any = None,
         position_ids: Any = None,
         inputs_embeds: Any = None,
+        cache: KVCache | None = None,
         labels: Any = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -171,11 +172,13 @@ class Phi3ForTokenClassification(Model):
           labels: int [B, T], the class of each token, -100 for none; padding counts too where it
             has a label. Where none is left the loss is 0.
 
+        A cache is read, and not returned, as in the reference.
+
         Raises:
           ValueError: as Phi3Model, and for labels of another shape.
         """
         out, _ = self.model.run(
-            input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states,
+            input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states,
             output_attentions, deterministic, segment_ids, rope,
         )  # fmt: skip
         hidden_BTD = self.dropout(out.last_hidden_state, deterministic=deterministic)
@@ -187,7 +190,7 @@ class Phi3ForTokenClassification(Model):
                     f"labels have shape {np.shape(labels)}, expected {logits_BTn.shape[:2]}, a "
                     "class for each token"
                 )
-            loss = mean_loss(*cross_entropy(logits_BTn, jnp.asarray(labels)))
+            loss = mean_loss(*cross_entropy(logits_BTn, jnp.asarray(labels, jnp.int32)))
         out = TokenClassifierOutput(loss, logits_BTn, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()
 
@@ -213,12 +216,13 @@ def sequence_classification_loss(
         kinds = jnp.issubdtype(labels.dtype, jnp.integer)
         several = "single_label_classification" if kinds else "multi_label_classification"
         problem_type = "regression" if classes == 1 else several
-    one_each = problem_type == "single_label_classification" or classes == 1
+    single = problem_type == "single_label_classification"
+    one_each = single or (problem_type == "regression" and classes == 1)
     shape = (rows,) if one_each else (rows, classes)
     if labels.size != np.prod(shape) or (not one_each and labels.shape != shape):
         raise ValueError(f"labels have shape {labels.shape}, {problem_type} expects {shape}")
-    if problem_type == "single_label_classification":
-        return mean_loss(*cross_entropy(logits_Bn, labels.reshape(shape)))
+    if single:
+        return mean_loss(*cross_entropy(logits_Bn, labels.reshape(shape).astype(jnp.int32)))
     logits, targets = logits_Bn.astype(jnp.float32), labels.astype(jnp.float32).reshape(rows, -1)
     if problem_type == "regression":
         return jnp.mean(jnp.square(logits - targets))

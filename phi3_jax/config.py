@@ -16,7 +16,10 @@ from phi3_jax.rope_parameters import standard_rope
 MODEL_TYPE = "phi3"
 CONFIG_FILE = "config.json"
 
-# What `hidden_act` may be; model.py holds the functions under the same names.
+# What a config says that was not made for another class.
+_ARCHITECTURES = ["Phi3ForCausalLM"]
+
+# What `hidden_act` may be; layers.py holds the functions under the same names.
 ACTIVATIONS = (
     "gelu",
     "gelu_new",
@@ -150,6 +153,8 @@ class Phi3Config:
         names = _names()
         known = {key: value for key, value in values.items() if key in names}
         extra = {key: value for key, value in values.items() if key not in known}
+        if extra.get("architectures") == _ARCHITECTURES:
+            del extra["architectures"]  # what `to_dict` says of itself
         # In a file the reference lets what is inside win; in a call two values are a mistake.
         inside = known.get("rope_scaling") or known.get("rope_parameters")
         for name in ("rope_theta", "partial_rotary_factor"):
@@ -215,7 +220,7 @@ class Phi3Config:
         for name in _CLASSIFICATION:
             if fields[name] == getattr(Phi3Config, name):
                 del fields[name]
-        head = {"architectures": ["Phi3ForCausalLM"], "model_type": MODEL_TYPE}
+        head = {"architectures": _ARCHITECTURES, "model_type": MODEL_TYPE}
         return {**head, **fields, **thaw(self.extra)}
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -115,6 +115,9 @@ def read_inputs(
         mask_BT = (ids_BT != 0) if mask_BT is None else mask_BT & (ids_BT != 0)
     position_BT = offsets_BT if position_ids is None else jnp.asarray(position_ids)
     position_BT = jnp.broadcast_to(position_BT, (B, T)).astype(jnp.int32)
+    if cache is not None:
+        # What a compiled call writes past the end would land on other tokens: no position, NaN.
+        position_BT = jnp.where(column_T < cache.capacity, position_BT, -1)
     if position_ids is not None and attention_mask is None and segment_ids is None:
         if cache is None:
             document_BT, _ = document_runs(position_BT - column_T)
@@ -125,7 +128,7 @@ def read_inputs(
 
 
 def _padding_mask(attention_mask, B: int, T: int, cache: KVCache | None):
-    """A 2D mask as that of this call's tokens [B, T], and of all slots [B, S] where it has them."""
+    """A 2D mask as that of this call's tokens [B, T], and of all slots [B, S] where there are."""
     shape = np.shape(attention_mask)
     if len(shape) != 2 or shape[0] not in (B, 1):
         raise ValueError(
@@ -133,7 +136,7 @@ def _padding_mask(attention_mask, B: int, T: int, cache: KVCache | None):
             "[batch, heads, queries, keys]"
         )
     mask = jnp.broadcast_to(jnp.asarray(attention_mask) != 0, (B, shape[1]))
-    if shape[1] == T:
+    if shape[1] == T and (cache is None or not cache.filled):
         return mask, None
     mask_BS = _over_slots(mask, T, cache)
     start = 0 if cache is None else cache.length

@@ -82,7 +82,9 @@ class Part(nn.Module):
         padding = [(0, b - a) for a, b in zip(shape, whole, strict=True)]
         padded = lambda key, shape, dtype: jnp.pad(init(key, shape, dtype), padding)  # noqa: E731
         boxed = nn.with_logical_partitioning(padded, names)
-        return self.param(name, boxed, shape, self.param_dtype)
+        # The gradient gets this layout too; on its own it could be whole on every device.
+        leaf: Any = self.param(name, boxed, shape, self.param_dtype)
+        return constrain(leaf, *names, mesh=self.mesh)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Parameters made for one mesh do not serve another one that pads otherwise."""

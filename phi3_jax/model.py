@@ -28,10 +28,19 @@ from phi3_jax.loss import causal_lm_loss
 from phi3_jax.rope import RopeTables, rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import default_device
 
+_save_names = jax.checkpoint_policies.save_only_these_names("qkv", SAVED_NAME)
+
+
+def _save_attention(primitive, *arguments, **parameters):
+    """Saves the results of qkv_proj and of the attention, and what cuDNN's backward pass needs."""
+    cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return cudnn or _save_names(primitive, *arguments, **parameters)
+
+
 # What is kept of a layer for the backward pass; all else is computed again there.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("qkv", SAVED_NAME),
+    "attention": _save_attention,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -149,12 +158,14 @@ class Phi3Model(Model):
         """Runs the layers over the tokens of this call.
 
         Args:
-          input_ids: int [B, T], ids below vocab_size; NaN comes of others.
-          attention_mask: [B, T] for the tokens of this call; nonzero is a token, zero is padding.
-            It and position_ids may be [1, T], for all rows. With a cache it may also cover the
-            tokens before, or all slots. Or [B or 1, N or 1, T, keys], which then says alone what
-            is seen, the future and the window too: bool, True keeps a key, or float, added to the
-            scores; its keys are all tokens so far, or all slots.
+          input_ids: int [B, T], ids below vocab_size. Others are refused in a list or numpy array;
+            in a jax array NaN comes of them.
+          attention_mask: [B, keys], nonzero is a token, zero is padding. The keys are the tokens of
+            this call; where a cache holds some already, all tokens so far, or all slots (it
+            remembers what was padding: without a mask only the new tokens are all taken for
+            tokens). Or [B or 1, N or 1, T, keys], which then says alone what is seen, the future
+            and the window too: bool, True keeps a key, or float, added to the scores. It,
+            position_ids and segment_ids may have one row for all.
           position_ids: int [B, T]; by default the columns counted from the start of the cache,
             with padding or without, as in the reference's forward. Without mask and cache, a
             position that does not follow the one before begins a new document, as in the
@@ -169,7 +180,8 @@ class Phi3Model(Model):
           segment_ids: int [B, T], for rows that hold several documents: runs of one number, 0 for
             padding. A document sees itself alone, and has positions, window and longrope of its
             own.
-          rope: tables from `rope_tables`; by default made here, as constants of the program.
+          rope: tables from `phi3_jax.rope.rope_tables`; by default made here, as constants of the
+            program.
           return_dict: False for a tuple of what is not None.
 
         Raises:
@@ -216,8 +228,9 @@ class Phi3Model(Model):
             deterministic=deterministic,
         )
         if inputs_embeds is None:
-            x_BTD = self.embed_tokens(jnp.asarray(input_ids))
+            x_BTD = self.embed_tokens(jnp.asarray(input_ids, jnp.int32))
         else:
+            _ = self.embed_tokens.weight  # `init` makes it all the same
             x_BTD = jnp.asarray(inputs_embeds).astype(self.dtype)
         x_BTD = embedded_BTD = self.laid_out(x_BTD)
         cached = None if inputs.slots_BS is None else (cache.k_LBSKH, cache.v_LBSKH)
@@ -232,8 +245,6 @@ class Phi3Model(Model):
         return BaseModelOutput(x_BTD, cache, hidden_states, attentions), inputs
 
     def _implementation(self, inputs: CallInputs, tokens, output_attentions, deterministic) -> str:
-        if inputs.slots_BS is not None:
-            return "xla"  # the others take no cache
         obstacle = None
         if output_attentions:
             obstacle = "output_attentions=True"
@@ -242,9 +253,10 @@ class Phi3Model(Model):
         elif self.config.attention_dropout and not deterministic:
             obstacle = f"attention_dropout {self.config.attention_dropout} on the probabilities"
         device = default_device() if self.mesh is None else self.mesh.devices.flat[0]
-        return choose_implementation(
+        chosen = choose_implementation(
             self.attn_implementation, device, self.dtype, self.config.head_dim, tokens, obstacle
         )
+        return chosen if inputs.slots_BS is None else "xla"  # the others take no cache
 
 
 def _checked_tokens(config: Phi3Config, input_ids: Any, inputs_embeds: Any) -> tuple[int, int]:
@@ -261,6 +273,13 @@ def _checked_tokens(config: Phi3Config, input_ids: Any, inputs_embeds: Any) -> t
         fits = len(shape) == 3 and shape[2] == config.hidden_size
     if not fits or shape[1] == 0:
         raise ValueError(f"{name} has shape {shape}, expected {wanted}")
+    if input_ids is not None and not isinstance(input_ids, jax.Array):
+        ids = np.asarray(input_ids)
+        if unknown := ids[(ids < 0) | (ids >= config.vocab_size)].tolist():
+            raise ValueError(
+                f"input_ids holds {unknown[0]}, outside the vocabulary of {config.vocab_size}; "
+                "does the tokenizer belong to this model?"
+            )
     return shape[0], shape[1]
 
 
@@ -325,8 +344,9 @@ class Phi3ForCausalLM(Model):
           num_items_in_batch: what to divide the summed loss by, in place of the labels counted
             here: the labels of all batches that are accumulated.
 
-        The loss is computed in chunks and does not use the logits; in a compiled function that
-        returns the loss alone, the logits are never there.
+        A label outside the vocabulary gives a loss of NaN. The loss is computed in chunks and does
+        not use the logits; in a compiled function that returns the loss alone, the logits are
+        never there.
 
         Raises:
           ValueError: as Phi3Model, and for labels without the logits of all tokens.
@@ -349,7 +369,7 @@ class Phi3ForCausalLM(Model):
             loss = causal_lm_loss(
                 hidden_BTD,
                 table.weight,
-                jnp.asarray(labels),
+                jnp.asarray(labels, jnp.int32),
                 config.vocab_size,
                 document_BT=None if segment_ids is None else inputs.segment_BT,
                 num_items_in_batch=num_items_in_batch,

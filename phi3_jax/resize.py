@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.sharding import abstract_params
+from phi3_jax.sharding import abstract_params, plain_tree
 
 _TABLES = ("embed_tokens", "lm_head")
 
@@ -18,8 +18,8 @@ def resize_token_embeddings(
     """The model and its parameters with more or fewer words.
 
     New rows of the embedding, and of a head of its own, are the mean of the old rows (what
-    `resize_token_embeddings` of transformers draws around, with a variance of 1e-9): a new word is
-    as likely as the average one. Fewer words cut rows off at the end.
+    `resize_token_embeddings` of transformers draws around, with 1e-9 of their covariance): a new
+    word is as likely as the average one. Fewer words cut rows off at the end.
 
     Args:
       model: any model class, on any mesh.
@@ -47,4 +47,4 @@ def resize_token_embeddings(
         lambda params: jax.tree_util.tree_map_with_path(fit, params, wanted),
         out_shardings=shardings,
     )
-    return resized, run(params)
+    return resized, run(plain_tree(params))

@@ -8,11 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -56,7 +57,8 @@ def make_mesh(
     if math.prod(sizes.values()) != count:
         raise ValueError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices; "
-            f"each size must be one of {_divisors(count)} and their product {count}"
+            f"each size must be one of {_divisors(count)} and their product {count}, or pass "
+            "fewer devices (devices=jax.devices()[:n])"
         )
     # jax.make_mesh defaults to Explicit axes, under which the compiler does not place activations.
     auto = (AxisType.Auto,) * len(MESH_AXES)
@@ -67,17 +69,23 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def axis_size(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
+def axis_size(mesh: Mesh | None, axis: str) -> int:
     """The size of a mesh axis; 1 without a mesh, or in a mesh that does not have it.
 
     Raises:
-      ValueError: for a mesh with axes that RULES does not know: it would shard nothing.
+      ValueError: for a mesh with axes that RULES does not know, which would shard nothing, or
+        axes that are not of the type Auto.
     """
     if mesh is None:
         return 1
     if unknown := [name for name in mesh.axis_names if name not in MESH_AXES]:
         raise ValueError(
             f"the mesh has axes {unknown}, known are {list(MESH_AXES)}; use phi3_jax.make_mesh"
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"the mesh has axes of the types {mesh.axis_types}; the compiler places activations on "
+            "Auto axes only: use phi3_jax.make_mesh, or jax.make_mesh(..., axis_types=)"
         )
     return dict(mesh.shape).get(axis, 1)
 
@@ -97,7 +105,7 @@ def padded_shape(names: Names, shape: tuple[int, ...], mesh: Mesh | None) -> tup
     )
 
 
-def logical_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def logical_spec(names: Names, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names.
 
     A mesh axis that does not divide its dimension is left out: the array is then replicated along
@@ -115,15 +123,10 @@ def logical_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 
 
 def constrain(x: jax.Array, *names: str | None, mesh: Mesh | None = None) -> jax.Array:
-    """Asks the compiler to lay an activation out by its logical names.
-
-    The mesh is the model's own, or else that of `jax.set_mesh`; without either nothing is asked.
-    """
-    where = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if where.empty:
+    """Asks the compiler to lay an array out by its logical names; nothing without a mesh."""
+    if mesh is None:
         return x
-    spec = logical_spec(names, x.shape, where)
-    return jax.lax.with_sharding_constraint(x, spec if mesh is None else NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, named_sharding(names, x.shape, mesh))
 
 
 def named_sharding(names: Names, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -193,11 +196,35 @@ def init_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def cut_padding(params: Any, model: nn.Module) -> Any:
-    """A tree shaped like a model's parameters (gradients, say) without the padding of its mesh."""
-    plain = abstract_params(model.clone(mesh=None))
-    cut = lambda x, leaf: x[tuple(slice(size) for size in leaf.shape)]  # noqa: E731
-    return jax.tree.map(cut, params, plain)
+def shard_params(model: nn.Module, params: Any) -> dict[str, Any]:
+    """Parameters without padding, from anywhere, laid out on the model's mesh and padded for it.
+
+    Args:
+      model: the model with its mesh.
+      params: what `from_pretrained` or `init` gave without a mesh.
+
+    Raises:
+      ValueError: where they are not the model's parameters.
+    """
+    params = plain_tree(params)
+    expected, wanted = abstract_params(model.clone(mesh=None)), abstract_params(model)
+    found = jax.tree.map(jnp.shape, params)
+    if found != jax.tree.map(lambda leaf: leaf.shape, expected):
+        raise ValueError(
+            "these are not the model's parameters without padding: their shapes are "
+            f"{found}, those of the model {jax.tree.map(lambda leaf: leaf.shape, expected)}"
+        )
+
+    def place(leaf, target):
+        padding = [(0, b - a) for a, b in zip(leaf.shape, target.shape, strict=True)]
+        return jax.device_put(jnp.pad(leaf, padding), target.sharding)
+
+    return jax.tree.map(place, params, wanted)
+
+
+def plain_tree(params: Any) -> dict[str, Any]:
+    """Parameters as nested dicts of arrays: `init` of linen puts each into a box with its names."""
+    return flax.core.unfreeze(nn.unbox(params))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:

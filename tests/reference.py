@@ -12,7 +12,7 @@ import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.hf_format import Head, WeightTable
-from phi3_jax.sharding import abstract_params
+from phi3_jax.sharding import abstract_params, shard_params
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -102,14 +102,16 @@ def params_of(config: Phi3Config, weights: dict[str, np.ndarray], head: Head = "
 
 
 def on_mesh(model, params: dict, mesh) -> tuple:
-    """The model laid out on a mesh, and its parameters there, padded as it needs them."""
+    """The model laid out on a mesh, and its parameters there."""
     model = model.clone(mesh=mesh)
+    return model, shard_params(model, params)
 
-    def place(leaf, wanted):
-        padding = [(0, b - a) for a, b in zip(leaf.shape, wanted.shape, strict=True)]
-        return jax.device_put(jnp.pad(leaf, padding), wanted.sharding)
 
-    return model, jax.tree.map(place, params, abstract_params(model))
+def cut_padding(params: dict, model) -> dict:
+    """A tree shaped like the model's parameters without the padding of its mesh."""
+    plain = abstract_params(model.clone(mesh=None))
+    cut = lambda x, leaf: x[tuple(slice(size) for size in leaf.shape)]  # noqa: E731
+    return jax.tree.map(cut, params, plain)
 
 
 def tokens(rows: int, width: int, seed: int = 0) -> np.ndarray:

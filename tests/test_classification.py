@@ -97,6 +97,7 @@ def test_losses_of_rows():
         (jnp.zeros((3,), int), None, r"\(2,\)"),
         (jnp.zeros((2,)), None, r"\(2, 3\)"),
         (jnp.zeros((3, 2)), "regression", r"\(2, 3\)"),
+        (jnp.zeros((2,), int), "multi_label_classification", r"\(2, 3\)"),
     ],
 )
 def test_labels_of_another_shape_are_refused(labels, kind, expected):

@@ -26,6 +26,12 @@ def small(**changes) -> phi3.Phi3Config:
     return phi3.Phi3Config(**{**BASE, **changes})
 
 
+def test_a_config_is_what_its_own_dict_says():
+    given = phi3.Phi3Config(num_labels=5, problem_type="regression", sliding_window=7)
+    for config in (phi3.Phi3Config.preset("phi-3.5-mini"), phi3.Phi3Config(), given):
+        assert phi3.Phi3Config.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_presets(name):
     config = phi3.Phi3Config.preset(name)

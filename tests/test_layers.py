@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from reference import config_values, hf_weights, on_mesh, params_of, tokens
+from reference import config_values, cut_padding, hf_weights, on_mesh, params_of, tokens
 
 import phi3_jax as phi3
 from phi3_jax.attention import Visible
@@ -13,7 +13,7 @@ from phi3_jax.inputs import read_inputs
 from phi3_jax.layers import DecoderLayer, Embedding, LayerInputs
 from phi3_jax.model import REMAT_POLICIES
 from phi3_jax.rope import rope_cos_sin, rope_tables, rows_are_long
-from phi3_jax.sharding import cut_padding, make_mesh
+from phi3_jax.sharding import make_mesh
 
 RATE = 0.25
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import hf_weights, on_mesh, params_of, tokens
+from reference import cut_padding, hf_weights, on_mesh, params_of, tokens
 
 import phi3_jax as phi3
-from phi3_jax.sharding import abstract_params, cut_padding, init_params
+from phi3_jax.sharding import abstract_params, init_params
 
 MINI, LONG_MINI, MEDIUM = "phi-3-mini-4k", "phi-3.5-mini", "phi-3-medium-4k"
 PHI4, PHI4_MINI = "phi-4", "phi-4-mini"

@@ -109,6 +109,46 @@ def test_cache_overflow_is_refused():
         jax.jit(lambda ids: forward(model, params, ids, cache=cache).logits)(tokens(1, 7))
 
 
+def test_a_compiled_write_past_the_end_is_nan():
+    """Where the fill is not known nothing can be refused, but nothing is right either."""
+    model, params = model_and_params("gqa")
+    step = jax.jit(lambda ids, at, cache: forward(model, params, ids, position_ids=at, cache=cache))
+    cache = phi3.KVCache.init(model.config, 1, 3, jnp.float32)
+    for column, token in enumerate(tokens(1, 4)[0]):
+        out = step(np.array([[token]]), np.array([[column]]), cache)
+        cache = out.cache
+        assert np.isnan(out.logits).all() == (column == 3)
+
+
+def test_narrow_integers_mean_what_they_say():
+    """156 is -100 in eight bits."""
+    model, params = model_and_params("gqa", vocab_size=300)
+    ids = np.array([[200, 156, 17, 156]])
+    expected = forward(model, params, ids, labels=ids).loss
+    narrow = ids.astype(np.uint8)
+    np.testing.assert_array_equal(forward(model, params, narrow, labels=narrow).loss, expected)
+
+
+def test_half_precision_masks_stay_finite():
+    """A mask that is added in float16 would be -inf (trap 24)."""
+    model, params = model_and_params("gqa")
+    half = phi3.Phi3ForCausalLM(model.config, dtype=jnp.float16)
+    small = jax.tree.map(lambda leaf: (leaf * 0.3).astype(jnp.float16), params)
+    ids, mask = tokens(3, 7), np.ones((3, 7), np.int32)
+    mask[0, :3] = mask[2] = 0
+    value = lambda params: (  # noqa: E731
+        half.apply({"params": params}, ids, attention_mask=mask, labels=ids).loss
+    )
+    loss, gradients = jax.value_and_grad(value)(small)
+    assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    lowest = np.where(mask[:, None, None, :] != 0, 0, np.finfo(np.float16).min).astype(np.float16)
+    causal = np.triu(np.full((7, 7), np.finfo(np.float16).min), 1).astype(np.float16)
+    added = half.apply({"params": small}, ids, attention_mask=np.minimum(lowest, causal)).logits
+    kept = half.apply({"params": small}, ids, attention_mask=mask).logits
+    real = mask != 0
+    np.testing.assert_allclose(added[real], kept[real], atol=2e-2)
+
+
 def test_masked_tokens_leave_their_slots_alone():
     model, params = model_and_params("gqa")
     cache = phi3.KVCache.init(model.config, 2, 8, jnp.float32)
@@ -152,7 +192,7 @@ def test_logits_to_keep():
 
 
 def test_loss_counts_labels_not_rows():
-    """The mean over all counted labels, -100 left out, the padding id counted (trap 29)."""
+    """The mean over all counted labels, -100 left out, the padding id counted (traps 29, 31)."""
     model, params = model_and_params("gqa")
     ids = tokens(2, 6)
     labels = ids.astype(np.int64)
@@ -202,6 +242,8 @@ def test_unknown_ids_are_nan_not_a_neighbours_row():
     """A gather would clamp or wrap (trap 22; generate() refuses such ids besides)."""
     model, params = model_and_params("gqa")
     for unknown in (97, -1):
+        with pytest.raises(ValueError, match=f"input_ids holds {unknown}, outside the vocabulary"):
+            model.apply({"params": params}, [[3, unknown]])
         assert np.isnan(forward(model, params, [[3, unknown]]).logits[0, 1]).all()
         ids = tokens(1, 3)
         assert np.isnan(forward(model, params, ids, labels=[[3, 4, unknown]]).loss)

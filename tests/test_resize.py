@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from reference import config_values, hf_weights, on_mesh, params_of, tokens
+from reference import config_values, cut_padding, hf_weights, on_mesh, params_of, tokens
 
 import phi3_jax as phi3
 from phi3_jax.resize import resize_token_embeddings
-from phi3_jax.sharding import abstract_params, cut_padding, make_mesh
+from phi3_jax.sharding import abstract_params, make_mesh
 
 
 @pytest.mark.parametrize("case", ["gqa", "mqa_tied_window1"])

@@ -133,6 +133,49 @@ def test_a_mesh_with_other_axes_is_refused():
         abstract_params(model)
 
 
+def test_a_mesh_whose_axes_are_explicit_is_refused():
+    """As jax.make_mesh makes them unless told otherwise."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    model = phi3.Phi3ForCausalLM(phi3.Phi3Config(**config_values("gqa")), mesh=mesh)
+    with pytest.raises(ValueError, match="places activations on Auto axes only: use phi3_jax.make"):
+        phi3.init_params(model)
+
+
+def test_gradients_are_sharded_as_the_parameters():
+    """Also along fsdp, and where nothing but the program itself says so."""
+    config = phi3.Phi3Config(**config_values("longrope_partial_tied"))
+    model, params = phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, "x"))
+    model, params = on_mesh(model, params, phi3.make_mesh(1, 4, 2))
+    ids = tokens(4, 9)
+    step = jax.jit(jax.grad(lambda params: model.apply({"params": params}, ids, labels=ids).loss))
+    compiled = step.lower(params).compile()
+    placed = jax.tree.map(
+        lambda place, leaf: place.is_equivalent_to(leaf.sharding, leaf.ndim),
+        compiled.output_shardings,
+        params,
+    )
+    assert all(jax.tree.leaves(placed)), placed
+    # Nor are they whole on the way: of 3 layers, 48 wide, 40 of 80 mlp columns.
+    assert "f32[3,12,2,40]" in compiled.as_text() and "f32[3,48,2,40]" not in compiled.as_text()
+
+
+def test_parameters_can_be_laid_out_later():
+    config = phi3.Phi3Config(**config_values("gqa"))
+    model = phi3.Phi3ForCausalLM(config)
+    boxed = model.init(jax.random.key(3), tokens(1, 2))["params"]
+    meshed = model.clone(mesh=phi3.make_mesh(2, 1, 4))
+    params = phi3.shard_params(meshed, boxed)
+    wanted = abstract_params(meshed)
+    assert jax.tree.map(lambda x: (x.shape, x.sharding), params) == jax.tree.map(
+        lambda x: (x.shape, x.sharding), wanted
+    )
+    ids = tokens(2, 5)
+    logits = meshed.apply({"params": params}, ids).logits
+    np.testing.assert_allclose(logits, model.apply({"params": boxed}, ids).logits, atol=1e-5)
+    with pytest.raises(ValueError, match="not the model's parameters without padding"):
+        phi3.shard_params(meshed, params)
+
+
 def test_a_mesh_may_lack_axes():
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
     assert axis_size(mesh, "tensor") == 2 and axis_size(mesh, "fsdp") == 1
@@ -146,12 +189,9 @@ def rows_over(mesh, *more):
 
 
 def test_a_constraint_takes_effect():
-    """By the mesh of the model, and by that of jax.set_mesh; a no-op would leave one device."""
+    """A no-op would leave one device."""
     mesh = phi3.make_mesh(2, 2, 2)
     out = jax.jit(lambda x: constrain(x * 2, "batch", None, mesh=mesh))(jnp.ones((8, 3)))
-    assert out.sharding.is_equivalent_to(rows_over(mesh, None), 2)
-    with jax.set_mesh(mesh):
-        out = jax.jit(lambda x: constrain(x * 2, "batch", None))(jnp.ones((8, 3)))
     assert out.sharding.is_equivalent_to(rows_over(mesh, None), 2)
 
 
@@ -160,14 +200,13 @@ def test_a_constraint_without_a_mesh_asks_nothing():
     assert constrain(x, "batch", None) is x
 
 
-@pytest.mark.parametrize("how", ["model.mesh", "jax.set_mesh"])
-def test_the_residual_stream_is_laid_out(how):
+def test_the_residual_stream_is_laid_out():
     """Nothing but the constraints says so: parameters and ids come whole to every device, and the
     compiler would compute all of it everywhere.
     """
     mesh = phi3.make_mesh(2, 2, 2)
     config = phi3.Phi3Config(**config_values("longrope"))
-    model = phi3.Phi3Model(config, mesh=mesh if how == "model.mesh" else None)
+    model = phi3.Phi3Model(config, mesh=mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)  # noqa: E731
     params = jax.tree.map(place, abstract_params(model))
@@ -176,12 +215,7 @@ def test_the_residual_stream_is_laid_out(how):
     def run(params, ids):
         return model.apply({"params": params}, ids, output_hidden_states=True)
 
-    if how == "model.mesh":
-        compiled = jax.jit(run).lower(params, ids).compile()
-    else:
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(run).lower(params, ids).compile()
-    out = compiled.output_shardings
+    out = jax.jit(run).lower(params, ids).compile().output_shardings
     for place in (out.last_hidden_state, *out.hidden_states):
         assert place.is_equivalent_to(rows_over(mesh, None, None), 3)
 

@@ -229,13 +229,14 @@ def prepare(
         )
     capacity = bucket(room or needed)
     home = mesh_of(params)
+    mesh = mesh or model.mesh
     if mesh is not None and home != mesh and (home is not None or mesh.size > 1):
         place = "one device" if home is None else f"the mesh {dict(home.shape)}"
         raise ValueError(
             f"the parameters are on {place}, not on the mesh {dict(mesh.shape)}; load them with "
-            "from_pretrained(..., mesh=mesh)"
+            "from_pretrained(..., mesh=mesh), or lay them out with shard_params"
         )
-    mesh = home if mesh is None else mesh
+    mesh = home
     return Request(
         # The folder's settings are in `settings` now; without them the program is the same for all.
         model=model.clone(generation_config=None, mesh=mesh),

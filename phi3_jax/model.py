@@ -246,7 +246,9 @@ class Phi3Model(Model):
 
     def _implementation(self, inputs: CallInputs, tokens, output_attentions, deterministic) -> str:
         obstacle = None
-        if output_attentions:
+        if inputs.slots_BS is not None:
+            pass  # XLA's in any case: the others take no cache
+        elif output_attentions:
             obstacle = "output_attentions=True"
         elif inputs.given_mask is not None:
             obstacle = "a 4D attention_mask"
@@ -256,7 +258,7 @@ class Phi3Model(Model):
         chosen = choose_implementation(
             self.attn_implementation, device, self.dtype, self.config.head_dim, tokens, obstacle
         )
-        return chosen if inputs.slots_BS is None else "xla"  # the others take no cache
+        return chosen if inputs.slots_BS is None else "xla"
 
 
 def _checked_tokens(config: Phi3Config, input_ids: Any, inputs_embeds: Any) -> tuple[int, int]:

@@ -219,8 +219,8 @@ def test_calls_that_padding_could_disturb(call):
         ids[0, 3], ids[1, 2], ids[2, 5] = config.vocab_size, -1, 1000
 
     def logits(model, params):
-        run = jax.jit(lambda params: model.apply({"params": params}, ids, **settings).logits)
-        return jax.device_get(run(params))
+        run = jax.jit(lambda params, ids: model.apply({"params": params}, ids, **settings).logits)
+        return jax.device_get(run(params, ids))
 
     found, wanted = logits(model, sharded), logits(alone, params)
     np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))

@@ -156,10 +156,10 @@ def test_chunks_appended_to_a_cache(case, pads):
                 use_cache=True,
                 attention_mask=mask[:, :stop],
             )
-            here = mask[:, start:stop]
-            out = hf.apply(model, params, ids[:, start:stop], attention_mask=here, cache=ours)
+            slots = np.pad(mask[:, :stop], ((0, 0), (0, 21 - stop)))
+            out = hf.apply(model, params, ids[:, start:stop], attention_mask=slots, cache=ours)
             theirs, ours = expected.past_key_values, out.cache
-            real = here.astype(bool)
+            real = mask[:, start:stop].astype(bool)
             if real.any():
                 hf.assert_same(out.logits, expected.logits, real)
         assert int(ours.length) == theirs.get_seq_length() == width

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from phi3_jax.attention import Visible, attend
+from phi3_jax.attention_kernels import SAVED_NAME
 from phi3_jax.config import Phi3Config
 from phi3_jax.rope import apply_rope
 from phi3_jax.sharding import Names, constrain, padded_shape
@@ -32,6 +33,22 @@ ACTIVATION_FUNCTIONS = {
     "silu": nn.silu,
     "swish": nn.silu,
     "tanh": jnp.tanh,
+}
+
+_save_names = jax.checkpoint_policies.save_only_these_names("qkv", SAVED_NAME)
+
+
+def _save_attention(primitive, *arguments, **parameters):
+    """Saves the results of qkv_proj and of the attention, and what cuDNN's backward pass needs."""
+    cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return cudnn or _save_names(primitive, *arguments, **parameters)
+
+
+# What is kept of a layer for the backward pass; all else is computed again there.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _save_attention,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 

@@ -19,30 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.attention import Visible
-from phi3_jax.attention_kernels import SAVED_NAME, choose_implementation
+from phi3_jax.attention_kernels import choose_implementation
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.inputs import CallInputs, read_inputs
-from phi3_jax.layers import DecoderLayer, Embedding, LayerInputs, Part, RMSNorm, VocabTable
+from phi3_jax.layers import (
+    REMAT_POLICIES,
+    DecoderLayer,
+    Embedding,
+    LayerInputs,
+    Part,
+    RMSNorm,
+    VocabTable,
+)
 from phi3_jax.loss import causal_lm_loss
 from phi3_jax.rope import RopeTables, rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import default_device
-
-_save_names = jax.checkpoint_policies.save_only_these_names("qkv", SAVED_NAME)
-
-
-def _save_attention(primitive, *arguments, **parameters):
-    """Saves the results of qkv_proj and of the attention, and what cuDNN's backward pass needs."""
-    cudnn = primitive.name.startswith("dot_product_attention_fwd")
-    return cudnn or _save_names(primitive, *arguments, **parameters)
-
-
-# What is kept of a layer for the backward pass; all else is computed again there.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": _save_attention,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Output:

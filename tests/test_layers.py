@@ -10,8 +10,7 @@ from reference import config_values, cut_padding, hf_weights, on_mesh, params_of
 import phi3_jax as phi3
 from phi3_jax.attention import Visible
 from phi3_jax.inputs import read_inputs
-from phi3_jax.layers import DecoderLayer, Embedding, LayerInputs
-from phi3_jax.model import REMAT_POLICIES
+from phi3_jax.layers import REMAT_POLICIES, DecoderLayer, Embedding, LayerInputs
 from phi3_jax.rope import rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import make_mesh
 

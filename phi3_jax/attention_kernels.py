@@ -49,7 +49,7 @@ def splash_attention(
       q_BTKGH: queries, float32 or bfloat16; k_BTKH, v_BTKH in the same dtype.
       segment_BT: int32, a query sees keys of its own number only; None for one document a row.
       window: how many columns a query sees with its own, or None for all up to its own.
-      mesh: where the arrays are sharded, batch and key-value heads as `sharding.RULES` has them.
+      mesh: where the arrays are sharded, batch and attention heads as `sharding.RULES` has them.
         Each device runs the kernel on its share: the compiler cannot divide a Pallas call.
       interpret: run the kernel as plain operations, on any platform, slowly (for tests).
 
@@ -73,8 +73,8 @@ def splash_attention(
 
     if mesh is None:
         return one_share(q_BTKGH, k_BTKH, v_BTKH, segment_BT)
-    q_spec = logical_spec(("batch", None, "kv_heads", None, None), q_BTKGH.shape, mesh)
-    kv_spec = logical_spec(("batch", None, "kv_heads", None), k_BTKH.shape, mesh)
+    q_spec = logical_spec(("batch", None, "attention_heads", None, None), q_BTKGH.shape, mesh)
+    kv_spec = logical_spec(("batch", None, "attention_heads", None), k_BTKH.shape, mesh)
     segment_spec = None if segment_BT is None else logical_spec(("batch", None), (B, T), mesh)
     # check_vma would want the kernel to declare what varies over which axis; Pallas calls do not.
     return jax.shard_map(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from phi3_jax.config import Phi3Config
 from phi3_jax.sharding import constrain, padded_shape
 
-_NAMES = (None, "batch", None, "kv_heads", None)
+_NAMES = (None, "batch", None, "attention_heads", None)
 
 
 @flax.struct.dataclass

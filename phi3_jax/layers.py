@@ -79,17 +79,19 @@ class Part(nn.Module):
       dtype: what activations are computed in; parameters are cast to it where they are used.
       param_dtype: what `init` makes parameters in.
       mesh: where the model is laid out, or None for one device.
+      lora_dropout: of what enters a LoRA adapter, where the parameters hold adapters.
     """
 
     config: Phi3Config
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     mesh: Mesh | None = None
+    lora_dropout: float = 0.0
 
     @property
     def alike(self) -> dict[str, Any]:
         """The attributes that a module hands on to those inside of it."""
-        names = ("config", "dtype", "param_dtype", "mesh")
+        names = ("config", "dtype", "param_dtype", "mesh", "lora_dropout")
         return {name: getattr(self, name) for name in names}
 
     def new_param(self, name: str, init: Any, shape: tuple[int, ...], names: Names) -> Any:
@@ -101,13 +103,15 @@ class Part(nn.Module):
         boxed = nn.with_logical_partitioning(padded, names)
         # The gradient gets this layout too; on its own it could be whole on every device.
         leaf: Any = self.param(name, boxed, shape, self.param_dtype)
-        return constrain(leaf, *names, mesh=self.mesh)
+        # A quantised one is a tree of arrays, laid out already, and has no gradient.
+        is_array = jax.tree_util.all_leaves([leaf])
+        return constrain(leaf, *names, mesh=self.mesh) if is_array else leaf
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Parameters made for one mesh do not serve another one that pads otherwise."""
         if not self.has_variable("params", name):
             return  # about to be made
-        found = jnp.shape(nn.meta.unbox(self.get_variable("params", name)))
+        found = nn.meta.unbox(self.get_variable("params", name)).shape
         if found != shape:
             place = "without a mesh" if self.mesh is None else f"on mesh {dict(self.mesh.shape)}"
             raise ValueError(
@@ -120,8 +124,8 @@ class Part(nn.Module):
         return nn.initializers.normal(self.config.initializer_range)
 
     def laid_out(self, x_BTD: jax.Array) -> jax.Array:
-        """The residual stream: rows over the mesh, whole in its width."""
-        return constrain(x_BTD, "batch", None, None, mesh=self.mesh)
+        """The residual stream: rows and their tokens over the mesh, whole in its width."""
+        return constrain(x_BTD, "batch", "tokens", None, mesh=self.mesh)
 
 
 class RMSNorm(Part):
@@ -145,16 +149,45 @@ class RMSNorm(Part):
 
 
 class Projection(Part, kw_only=True):
-    """A linear map without bias, written as an einsum of its input and its weight."""
+    """A linear map without bias, written as an einsum of its input and its weight W.
+
+    Where its parameters hold `lora_a` A and `lora_b` B besides, the result is x W + dropout(x) A B.
+    `init` makes neither; the scale of LoRA is in B (`train.lora.attach`).
+    """
 
     equation: str
     shape: tuple[int, ...]
     names: Names
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         weight = self.new_param("weight", self.normal(), self.shape, self.names)
-        return jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
+        x = x.astype(self.dtype)
+        y = jnp.einsum(self.equation, x, weight.astype(self.dtype))
+        if not self.has_variable("params", "lora_a"):
+            return y
+        x_axes, axes, y_axes = self.equation.replace("->", ",").split(",")
+        inputs = sum(axis not in y_axes for axis in axes)  # they stand first
+        a = self._adapter("lora_a", (*self.names[:inputs], None), (*self.shape[:inputs], None))
+        b = self._adapter("lora_b", (None, *self.names[inputs:]), (None, *self.shape[inputs:]))
+        if self.lora_dropout and not deterministic:
+            x = self._drop(x)
+        low = jnp.einsum(f"{x_axes},{axes[:inputs]}r->BTr", x, a)
+        return y + jnp.einsum(f"BTr,r{axes[inputs:]}->{y_axes}", low, b)
+
+    def _drop(self, x: jax.Array) -> jax.Array:
+        """Dropout whose draw does not depend on the padding of the first input axis."""
+        rows, keep_rate = x.shape[:2], 1.0 - self.lora_dropout
+        keep = jax.random.bernoulli(self.make_rng("dropout"), keep_rate, (*x.shape[2:], *rows))
+        return jnp.where(jnp.moveaxis(keep, (-2, -1), (0, 1)), x / keep_rate, 0)
+
+    def _adapter(self, name: str, names: Names, shape: tuple[int | None, ...]) -> jax.Array:
+        """A matrix of an adapter, laid out as its weight; None in the shape is the rank."""
+        leaf: Any = self.get_variable("params", name)
+        rank = leaf.shape[shape.index(None)]
+        whole = tuple(rank if size is None else size for size in shape)
+        self._check_shape(name, padded_shape(names, whole, self.mesh))
+        return constrain(leaf, *names, mesh=self.mesh).astype(self.dtype)
 
 
 class VocabTable(Part):
@@ -226,7 +259,8 @@ class Attention(Part):
         )
 
         # Each key-value group holds its G query heads, then its key, then its value.
-        qkv_BTKCH = checkpoint_name(qkv_proj(x_BTD), "qkv")
+        qkv_BTKCH = self._whole_rows(qkv_proj(x_BTD, inputs.deterministic))
+        qkv_BTKCH = checkpoint_name(qkv_BTKCH, "qkv")
         qk_BTKCH = apply_rope(qkv_BTKCH[:, :, :, : G + 1], *inputs.cos_sin)
         q_BTKGH, k_BTKH = qk_BTKCH[:, :, :, :G], qk_BTKCH[:, :, :, G]
         v_BTKH = qkv_BTKCH[:, :, :, G + 1]
@@ -238,14 +272,28 @@ class Attention(Part):
         if config.attention_dropout and not inputs.deterministic:
             dropout = (config.attention_dropout, self.make_rng("dropout"))
         mixed_BTKGH, probs = attend(q_BTKGH, keys, values, inputs.visible, self.mesh, dropout)
-        return o_proj(mixed_BTKGH), (k_BTKH, v_BTKH), probs
+        mixed_BTKGH = self._whole_rows(mixed_BTKGH, back=True)
+        return o_proj(mixed_BTKGH, inputs.deterministic), (k_BTKH, v_BTKH), probs
+
+    def _whole_rows(self, x_BTKCH: jax.Array, back: bool = False) -> jax.Array:
+        """From a share of the tokens to whole rows with a share of the heads, or back: one
+        all-to-all over the sequence axis, and one for the gradient.
+        """
+        layouts = [
+            ("batch", "tokens", "kv_heads", None, None),
+            ("batch", None, "attention_heads", None, None),
+        ]
+        # Both are said, since the gradient passes them the other way round.
+        for names in reversed(layouts) if back else layouts:
+            x_BTKCH = constrain(x_BTKCH, *names, mesh=self.mesh)
+        return x_BTKCH
 
 
 class MLP(Part):
     """The gated feed-forward: down(up * act(gate))."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
         D, F = self.config.hidden_size, self.config.intermediate_size
         gate_up_proj = Projection(
             **self.alike,
@@ -261,9 +309,10 @@ class MLP(Part):
             names=("mlp", "embed"),
             name="down_proj",
         )
-        gate_up_BTCF = gate_up_proj(x_BTD)
+        gate_up_BTCF = gate_up_proj(x_BTD, deterministic)
         act = ACTIVATION_FUNCTIONS[self.config.hidden_act]
-        return down_proj(gate_up_BTCF[:, :, 1] * act(gate_up_BTCF[:, :, 0]))
+        x_BTF = gate_up_BTCF[:, :, 1] * act(gate_up_BTCF[:, :, 0])
+        return down_proj(x_BTF, deterministic)
 
 
 class DecoderLayer(Part):
@@ -279,7 +328,8 @@ class DecoderLayer(Part):
         mixed, new_kv, probs = Attention(**self.alike, name="self_attn")(normed, cached, inputs)
         x_BTD = self.laid_out(x_BTD + dropout(mixed))
         normed = RMSNorm(**self.alike, name="post_attention_layernorm")(x_BTD)
-        x_BTD = self.laid_out(x_BTD + dropout(MLP(**self.alike, name="mlp")(normed)))
+        mlp = MLP(**self.alike, name="mlp")
+        x_BTD = self.laid_out(x_BTD + dropout(mlp(normed, inputs.deterministic)))
         kept = (
             new_kv if inputs.keep_kv else None,
             x_BTD if inputs.keep_hidden else None,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from phi3_jax.sharding import axis_size, constrain
+from phi3_jax.sharding import constrain, named_sharding
 
 IGNORED_LABEL = -100
 
@@ -82,41 +82,54 @@ def causal_lm_loss(
         next_BT = jnp.pad(document_BT[:, 1:], ((0, 0), (0, 1)), mode="edge")
         same_BT = (next_BT == document_BT) & (document_BT != 0)
         targets_BT = jnp.where(same_BT, targets_BT, IGNORED_LABEL)
+    # Whole rows of these few numbers, so that nothing is shifted from device to device.
+    targets_BT = constrain(targets_BT, "batch", None, mesh=mesh)
     B, T, D = hidden_BTD.shape
+    shares = _shares(T, "tokens", mesh)
     chunk = _chunk(B, T, len(weight_VD), mesh) if chunk is None else min(chunk, T)
-    count = -(-T // chunk)
-    tail = ((0, 0), (0, count * chunk - T))
-    hidden_BTD = jnp.pad(hidden_BTD, (*tail, (0, 0)))
-    targets_BT = jnp.pad(targets_BT, tail, constant_values=IGNORED_LABEL)
-    # Gathered once over fsdp, not in every turn of the loop.
+    chunk = -(-chunk // shares)  # of each share of the row
+    count = -(-T // (shares * chunk))
+    # Gathered once over fsdp and sequence, not in every turn of the loop.
     weight_VD = constrain(weight_VD, "vocab", None, mesh=mesh)
 
     @jax.checkpoint
     def part(weight_VD, hidden_BTD, targets_BT):
         # Cast in here, so that the chunks' gradients are summed in the parameter's dtype.
         logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD.astype(hidden_BTD.dtype))
-        logits = constrain(logits, "batch", None, "vocab", mesh=mesh)
+        logits = constrain(logits, "batch", "tokens", "vocab", mesh=mesh)
         return cross_entropy(logits, targets_BT, vocab_size)
 
     if count == 1:
         return mean_loss(*part(weight_VD, hidden_BTD, targets_BT), num_items_in_batch)
-    chunks = (
-        jnp.moveaxis(hidden_BTD.reshape(B, count, chunk, D), 1, 0),
-        jnp.moveaxis(targets_BT.reshape(B, count, chunk), 1, 0),
-    )
+
+    def chunks(x: jax.Array, fill: int) -> jax.Array:
+        """[count, B, shares * chunk, ...]: each chunk has as many columns of every share of the
+        row, so that no device sends any.
+        """
+        x = x.reshape(B, shares, T // shares, *x.shape[2:])
+        tail = [(0, 0), (0, 0), (0, count * chunk - T // shares), *[(0, 0)] * (x.ndim - 3)]
+        x = jnp.pad(x, tail, constant_values=fill)
+        x = jnp.moveaxis(x.reshape(B, shares, count, chunk, *x.shape[3:]), 2, 0)
+        x = x.reshape(count, B, shares * chunk, *x.shape[4:])
+        return constrain(x, None, "batch", "tokens", *[None] * (x.ndim - 3), mesh=mesh)
+
+    xs = chunks(hidden_BTD, 0), chunks(targets_BT, IGNORED_LABEL)
     add = lambda sums, xs: (jax.tree.map(jnp.add, sums, part(weight_VD, *xs)), None)  # noqa: E731
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-    return mean_loss(*jax.lax.scan(add, zero, chunks)[0], num_items_in_batch)
+    return mean_loss(*jax.lax.scan(add, zero, xs)[0], num_items_in_batch)
 
 
 def _chunk(B: int, T: int, V: int, mesh: Mesh | None) -> int:
     """Columns whose float32 logits fit the limit on each device."""
-    rows = B
-    for axis in ("data", "fsdp"):
-        size = axis_size(mesh, axis)
-        rows = rows // size if rows % size == 0 else rows
-    column = 4 * rows * (V // axis_size(mesh, "tensor"))
+    column = 4 * (B // _shares(B, "batch", mesh)) * (V // _shares(V, "vocab", mesh))
     fitting = max(1, _LOGITS_BYTES // column)
     if fitting > 128:
         fitting -= fitting % 128
-    return min(T, fitting)
+    return min(T, fitting * _shares(T, "tokens", mesh))
+
+
+def _shares(size: int, name: str, mesh: Mesh | None) -> int:
+    """How many parts a dimension of this logical name is cut into."""
+    if mesh is None:
+        return 1
+    return size // named_sharding((name,), (size,), mesh).shard_shape((size,))[0]

@@ -34,7 +34,7 @@ from phi3_jax.layers import (
 )
 from phi3_jax.loss import causal_lm_loss
 from phi3_jax.rope import RopeTables, rope_cos_sin, rope_tables, rows_are_long
-from phi3_jax.sharding import default_device
+from phi3_jax.sharding import constrain, default_device
 
 
 class Output:
@@ -219,6 +219,9 @@ class Phi3Model(Model):
             keep_probs=output_attentions,
             deterministic=deterministic,
         )
+        # Whole rows: attention has no others (`Attention`).
+        rows = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1), mesh=self.mesh)  # noqa: E731
+        layer_inputs = jax.tree.map(rows, layer_inputs)
         if inputs_embeds is None:
             x_BTD = self.embed_tokens(jnp.asarray(input_ids, jnp.int32))
         else:

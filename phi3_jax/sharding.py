@@ -5,6 +5,7 @@ residual stream passes; this file alone knows the mesh.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,38 +14,61 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 # data: whole copies of the model, each with its share of the batch. fsdp: the batch too, and the
-# parameters along their width, gathered layer by layer. tensor: heads, mlp and vocabulary; what
-# does not divide there is padded with zeros (`padded_shape`).
+# parameters along their width, gathered layer by layer. sequence: the tokens of each row, and the
+# parameters as fsdp does; inside of attention each device has whole rows of a share of the heads
+# (DeepSpeed-Ulysses, arXiv:2309.14509). tensor: heads, mlp and vocabulary; what does not divide
+# there is padded with zeros (`padded_shape`).
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "tokens": ("sequence",),
+    "embed": ("fsdp", "sequence"),
     "kv_heads": ("tensor",),
+    "attention_heads": ("tensor", "sequence"),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+}
+
+# The axes whose product the size of a parameter is rounded up to: key-value heads have to divide
+# inside of attention too.
+_PADDED = {
+    "kv_heads": RULES["attention_heads"],
+    "mlp": RULES["mlp"],
+    "vocab": RULES["vocab"],
 }
 
 Names = tuple[str | None, ...]
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = -1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    sequence: int = 1,
 ) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor; one size may be -1: what is left.
+    """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1: what is left.
+
+    Devices of several slices (TPU slices, hosts of GPUs), between which the network is slow, are
+    put side by side along data, and along fsdp where data does not divide by their number.
 
     Args:
-      data, fsdp, tensor: sizes; RULES says what each axis shards.
+      data, fsdp, sequence, tensor: sizes; RULES says what each axis shards.
       devices: those to use; by default all.
 
     Raises:
-      ValueError: where the sizes do not multiply to the number of devices, with sizes that do.
+      ValueError: where the sizes do not multiply to the number of devices, with sizes that do, or
+        where neither data nor fsdp can hold the slices.
     """
-    count = jax.device_count() if devices is None else len(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(f"mesh axis {axis!r} has size {size}, must be at least 1, or -1")
@@ -56,13 +80,36 @@ def make_mesh(
         sizes[open_axes[0]] = count // given
     if math.prod(sizes.values()) != count:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices; "
-            f"each size must be one of {_divisors(count)} and their product {count}, or pass "
-            "fewer devices (devices=jax.devices()[:n])"
+            f"mesh data={data} x fsdp={fsdp} x sequence={sequence} x tensor={tensor} does not make "
+            f"{count} devices; each size must be one of {_divisors(count)} and their product "
+            f"{count}, or pass fewer devices (devices=jax.devices()[:n])"
         )
-    # jax.make_mesh defaults to Explicit axes, under which the compiler does not place activations.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    return Mesh(_on_network(sizes, devices), MESH_AXES, axis_types=auto)
+
+
+def _on_network(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the order of a mesh, so that the axes that send most have the fast links."""
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1:
+        shape = tuple(sizes.values())
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    left, across = len(slices), dict.fromkeys(sizes, 1)
+    for axis in ("data", "fsdp"):
+        across[axis] = math.gcd(sizes[axis], left)
+        left //= across[axis]
+    if left > 1 or len(set(slices.values())) > 1:
+        raise ValueError(
+            f"the devices are in {len(slices)} slices with {sorted(slices.values())} of them; a "
+            f"mesh over slices needs as many of each, and data x fsdp a multiple of {len(slices)}, "
+            f"not {sizes['data']} x {sizes['fsdp']}: sequence and tensor have to stay in a slice"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [sizes[axis] // across[axis] for axis in sizes],
+        list(across.values()),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def _divisors(number: int) -> list[int]:
@@ -93,16 +140,18 @@ def axis_size(mesh: Mesh | None, axis: str) -> int:
 def padded_shape(names: Names, shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
     """The shape of a parameter in memory: sizes that the tensor axis shards are rounded up to it.
 
+    Key-value heads are rounded up to the product of tensor and sequence: phi-3-medium's 10 are 12
+    where that is 4, and 16 where it is 8.
+
     The padding is at the end of a dimension and always zero. Zero key-value groups meet zero rows
     of o_proj, zero mlp columns zero rows of down_proj, so the model computes the same and their
     gradients are zero; padded vocabulary is cut from the logits. Checkpoints never hold it.
     """
-    tensor = axis_size(mesh, "tensor")
-    on_tensor = [name is not None and "tensor" in RULES.get(name, ()) for name in names]
-    return tuple(
-        -(-size // tensor) * tensor if rounded else size
-        for size, rounded in zip(shape, on_tensor, strict=True)
-    )
+    shares = [
+        math.prod(axis_size(mesh, axis) for axis in _PADDED.get(name, ())) if name else 1
+        for name in names
+    ]
+    return tuple(-(-size // share) * share for size, share in zip(shape, shares, strict=True))
 
 
 def logical_spec(names: Names, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -116,7 +165,7 @@ def logical_spec(names: Names, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
         axes, parts = [], 1
         for axis in RULES.get(name, ()) if name else ():
             along = axis_size(mesh, axis)
-            if axis in mesh.axis_names and size % (parts * along) == 0:
+            if along > 1 and size % (parts * along) == 0:
                 axes, parts = [*axes, axis], parts * along
         entries.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
@@ -171,15 +220,14 @@ def abstract_params(model: nn.Module) -> dict[str, Any]:
 def _check_divides(path, names: Names, shape: tuple[int, ...], mesh: Mesh) -> None:
     """A parameter that cannot be cut would be held whole by every device, unasked."""
     for name, size in zip(names, shape, strict=True):
-        for axis in RULES.get(name, ()) if name else ():
-            along = axis_size(mesh, axis)
-            if size % along:
-                leaf = ".".join(key.key for key in path)
-                raise ValueError(
-                    f"{leaf} of shape {shape}: its dimension {name!r} of {size} does not divide "
-                    f"over mesh axis {axis!r} of size {along}; sizes that would work are "
-                    f"{_divisors(size)}"
-                )
+        axes = {axis: axis_size(mesh, axis) for axis in (RULES.get(name, ()) if name else ())}
+        if size % math.prod(axes.values()):
+            leaf = ".".join(key.key for key in path)
+            over = " x ".join(f"{axis}={along}" for axis, along in axes.items())
+            raise ValueError(
+                f"{leaf} of shape {shape}: its dimension {name!r} of {size} does not divide over "
+                f"{over} of the mesh; products that would work are {_divisors(size)}"
+            )
 
 
 def init_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:

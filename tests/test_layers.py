@@ -10,7 +10,7 @@ from reference import config_values, cut_padding, hf_weights, on_mesh, params_of
 import phi3_jax as phi3
 from phi3_jax.attention import Visible
 from phi3_jax.inputs import read_inputs
-from phi3_jax.layers import REMAT_POLICIES, DecoderLayer, Embedding, LayerInputs
+from phi3_jax.layers import REMAT_POLICIES, DecoderLayer, Embedding, LayerInputs, Projection
 from phi3_jax.rope import rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import make_mesh
 
@@ -131,6 +131,31 @@ def test_dropout_is_the_same_on_every_mesh(sizes):
         on_mesh(model, params, mesh)[1], ids
     ).logits
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_with_an_adapter():
+    """x W + dropout(x) A B in the model's dtype; the mean over draws is that without dropout."""
+    config = phi3.Phi3Config(**config_values("gqa"))
+    rng = np.random.default_rng(0)
+    shapes = {"weight": (4, 6, 5), "lora_a": (4, 6, 2), "lora_b": (2, 5)}
+    params = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    x = rng.normal(size=(2, 3, 4, 6)).astype("f4")
+    settings = dict(equation="BTEF,EFD->BTD", shape=(4, 6, 5), names=(None, None, "embed"))
+    make = functools.partial(Projection, config, lora_dropout=RATE, **settings)
+    own = np.tensordot(x, params["weight"], 2)
+    adapted = np.tensordot(x, params["lora_a"], 2) @ params["lora_b"]
+    close = functools.partial(np.testing.assert_allclose, rtol=0)
+    got = make().apply({"params": params}, x, True)
+    close(got, own + adapted, atol=1e-4)
+    narrow = make(dtype="bfloat16").apply({"params": params}, x, True)
+    assert narrow.dtype == "bfloat16"
+    close(narrow.astype("f4"), own + adapted, atol=0.2)
+    draw = jax.jit(
+        jax.vmap(lambda key: make().apply({"params": params}, x, False, rngs={"dropout": key}))
+    )
+    draws = draw(jax.random.split(jax.random.key(0), 4000))
+    errors = np.std(draws, axis=0) / np.sqrt(len(draws))
+    assert (errors > 0).all() and (np.abs(draws.mean(axis=0) - own - adapted) < 5 * errors).all()
 
 
 # --- Rematerialisation and the scan ----------------------------------------------------------

@@ -24,7 +24,9 @@ PHI4, PHI4_MINI = "phi-4", "phi-4-mini"
 MEMBERS = (MINI, LONG_MINI, MEDIUM, PHI4, PHI4_MINI)
 TENSOR = [(1, 1, size) for size in range(1, 9)]
 MIXED = [(2, 2, 2), (1, 2, 4), (8, 1, 1), (1, 8, 1)]
-ROWS, WIDTH = 8, 18
+# The fourth size is that of sequence.
+SEQUENCE = [(1, 1, 1, 2), (1, 1, 1, 4), (1, 2, 1, 4), (2, 1, 2, 2), (1, 1, 2, 4), (1, 1, 1, 8)]
+ROWS, WIDTH = 8, 20
 
 # What is run without -m slow as well: all three layouts of heads, each at sizes that divide and do
 # not divide, and every kind of mesh.
@@ -40,6 +42,10 @@ CORE = {
     (PHI4_MINI, (2, 2, 2)),
     (PHI4_MINI, (8, 1, 1)),
     (PHI4_MINI, (1, 8, 1)),
+    (LONG_MINI, (1, 2, 1, 4)),
+    (MEDIUM, (1, 1, 1, 4)),
+    (PHI4, (1, 1, 1, 2)),
+    (PHI4_MINI, (2, 1, 2, 2)),
 }
 
 
@@ -75,8 +81,10 @@ def shrunk(member: str) -> phi3.Phi3Config:
     )
 
 
-def on_devices(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
-    return phi3.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+def on_devices(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
+    """A mesh of data, fsdp, tensor, and where there is a fourth size, sequence."""
+    devices = jax.devices()[: math.prod(sizes)]
+    return phi3.make_mesh(*sizes[:3], devices=devices, sequence=math.prod(sizes[3:]))
 
 
 def batch(config: phi3.Phi3Config) -> dict:
@@ -139,7 +147,7 @@ def assert_zero_padding(tree, model):
             marks=() if (member, sizes) in CORE else pytest.mark.slow,
         )
         for member in MEMBERS
-        for sizes in TENSOR + MIXED
+        for sizes in TENSOR + MIXED + SEQUENCE
     ],
 )
 def test_every_member_on_every_mesh(member, sizes):
@@ -183,7 +191,7 @@ def born_on_one_device():
     "sizes",
     [
         pytest.param(sizes, marks=() if (MEDIUM, sizes) in CORE else pytest.mark.slow)
-        for sizes in TENSOR + MIXED
+        for sizes in TENSOR + MIXED + SEQUENCE
     ],
 )
 def test_new_parameters_do_not_depend_on_the_mesh(sizes):
@@ -198,14 +206,17 @@ def test_new_parameters_do_not_depend_on_the_mesh(sizes):
     jax.tree.map(np.testing.assert_array_equal, found, born_on_one_device())
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 7), (1, 1, 1, 4)])
 @pytest.mark.parametrize(
     "call", ["mask of each head", "scores of each head", "dropout", "unknown ids"]
 )
-def test_calls_that_padding_could_disturb(call):
-    """10 key-value heads are 14 on the mesh, 48 words 49: the first unknown id has a row there."""
+def test_calls_that_padding_could_disturb(call, sizes):
+    """10 key-value heads are 14 or 12 on the mesh, 48 words 49: the first unknown id has a row
+    there.
+    """
     config = dataclasses.replace(shrunk(MEDIUM), attention_dropout=0.3, resid_pdrop=0.2)
     alone, params = phi3.Phi3ForCausalLM(config), on_one_device(MEDIUM)[1]
-    model, sharded = on_mesh(alone, params, on_devices((1, 1, 7)))
+    model, sharded = on_mesh(alone, params, on_devices(sizes))
     ids, settings = batch(config)["input_ids"], {}
     heads = (ROWS, config.num_attention_heads, WIDTH, WIDTH)
     mask = np.tril(np.random.default_rng(0).random(heads) < 0.8)
@@ -249,11 +260,13 @@ def test_classifiers_compute_what_one_device_does(model_class):
     assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("tensor", [4, 8])
-def test_generation_with_key_value_heads_that_do_not_divide(tensor):
-    """Greedy on 10 key-value heads gives the tokens of one device (trap 48)."""
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 1, 8), (1, 1, 1, 4)])
+def test_generation_with_key_value_heads_that_do_not_divide(sizes):
+    """Greedy on 10 key-value heads gives the tokens of one device (trap 48). Of a sequence axis
+    the prompt is not a multiple, nor the one token of a step.
+    """
     alone, params, _, _ = on_one_device(MEDIUM)
-    model, sharded = on_mesh(alone, params, on_devices((1, 1, tensor)))
+    model, sharded = on_mesh(alone, params, on_devices(sizes))
     ids = batch(model.config)["input_ids"][:3, :11]
     mask = np.arange(11) >= np.array([[0], [4], [2]])
     settings = dict(attention_mask=mask, max_new_tokens=9, eos_token_id=None)

@@ -1,5 +1,7 @@
 """Meshes, the rule table, and what is asked of the compiler."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +24,75 @@ TENSOR, FSDP = "tensor", "fsdp"
 
 
 def test_make_mesh_takes_what_is_left():
-    assert dict(phi3.make_mesh().shape) == {"data": 1, "fsdp": 1, "tensor": 8}
-    assert dict(phi3.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    one = dict(data=1, fsdp=1, sequence=1, tensor=1)
+    assert dict(phi3.make_mesh().shape) == one | {"tensor": 8}
+    assert dict(phi3.make_mesh(2, -1, 2).shape) == one | {"data": 2, "fsdp": 2, "tensor": 2}
+    mesh = phi3.make_mesh(1, 2, 1, sequence=-1)
+    assert dict(mesh.shape) == one | {"fsdp": 2, "sequence": 4}
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
 
 
 def test_make_mesh_of_some_devices():
     devices = jax.devices()[2:8]
     mesh = phi3.make_mesh(1, -1, 3, devices=devices)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 3}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 3}
     assert set(mesh.devices.flat) == set(devices)
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What make_mesh looks at of a device of several slices; tests/tpu has the compiler's."""
+
+    id: int
+    slice_index: int
+    device_kind = platform = "a test's"
+
+
+def devices_in(*slices: int) -> list:
+    """Devices as jax lists them, slice by slice, with so many in each."""
+    index = [number for number, size in enumerate(slices) for _ in range(size)]
+    return [Device(*pair) for pair in enumerate(index)]
+
+
+@pytest.mark.parametrize(
+    "slices, sizes, across",
+    [
+        ((8, 8), dict(data=2, fsdp=8, tensor=1), "data"),
+        ((8, 8), dict(data=1, fsdp=8, tensor=2), "fsdp"),
+        ((8, 8), dict(data=2, fsdp=1, tensor=2, sequence=4), "data"),
+        ((4, 4, 4), dict(data=2, fsdp=6, tensor=1), "fsdp"),
+    ],
+)
+def test_slices_lie_along_one_axis(slices, sizes, across):
+    """All other axes stay within a slice: they send much more."""
+    mesh = phi3.make_mesh(**sizes, devices=devices_in(*slices))
+    assert dict(mesh.shape) == dict(sequence=1) | sizes and mesh.axis_types == (AxisType.Auto,) * 4
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    axis = mesh.axis_names.index(across)
+    for other in set(range(4)) - {axis}:
+        assert (index == np.take(index, [0], axis=other)).all()
+    assert sorted(set(index.ravel())) == list(range(len(slices)))
+
+
+def test_slices_may_lie_along_both_axes():
+    mesh = phi3.make_mesh(2, 4, 1, devices=devices_in(2, 2, 2, 2))
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)[:, :, 0, 0]
+    assert index.tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    "slices, sizes",
+    [
+        ((8, 8), dict(tensor=16)),
+        ((4, 4), dict(data=1, sequence=8, tensor=1)),
+        ((4, 2), {"data": 6}),
+    ],
+)
+def test_slices_that_a_mesh_cannot_hold(slices, sizes):
+    words = rf"in 2 slices with \[{min(slices)}, {max(slices)}\] of them; .* a multiple of 2, not"
+    with pytest.raises(ValueError, match=words):
+        phi3.make_mesh(**sizes, devices=devices_in(*slices))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +116,11 @@ def test_what_does_not_divide_is_replicated():
     names = ("embed", "kv_heads", None, None)
     assert logical_spec(names, (48, 8, 5, 8), mesh) == PartitionSpec("fsdp", "tensor", None, None)
     assert logical_spec(names, (48, 10, 6, 8), mesh) == PartitionSpec("fsdp", None, None, None)
+    long = phi3.make_mesh(1, 2, 2, sequence=2)
+    both = ("fsdp", "sequence")
+    assert logical_spec(names, (48, 8, 5, 8), long) == PartitionSpec(both, "tensor", None, None)
+    assert logical_spec(("batch", "tokens"), (2, 18), long) == PartitionSpec("fsdp", "sequence")
+    assert logical_spec(("batch", "tokens"), (2, 1), long) == PartitionSpec("fsdp", None)
     both = phi3.make_mesh(2, 2, 2)
     assert logical_spec(("batch",), (8,), both) == PartitionSpec(("data", "fsdp"))
     assert logical_spec(("batch",), (2,), both) == PartitionSpec("data")
@@ -66,6 +132,9 @@ def test_what_the_tensor_axis_shards_is_padded():
     assert padded_shape(("embed", "kv_heads", None), (7, 10, 6), mesh) == (7, 12, 6)
     assert padded_shape((None, "vocab"), (7, 97), mesh) == (7, 100)
     assert padded_shape(("mlp",), (97,), None) == (97,)
+    # Inside of attention key-value heads are over sequence too.
+    mesh = phi3.make_mesh(1, 1, 2, sequence=4)
+    assert padded_shape(("kv_heads", "mlp", "vocab"), (10, 97, 97), mesh) == (16, 98, 98)
 
 
 # Leaf, its shape on the mesh (layers, of 10 key-value heads 12), and its partition.
@@ -112,14 +181,17 @@ def test_abstract_params_without_a_mesh_are_on_one_device():
 
 
 @pytest.mark.parametrize("make", [abstract_params, init_params])
-def test_a_width_that_does_not_divide_is_refused(make):
-    """With the parameter, the axis, the sizes, and those that would work."""
+@pytest.mark.parametrize("fsdp, sequence", [(5, 1), (1, 7)])
+def test_a_width_that_does_not_divide_is_refused(make, fsdp, sequence):
+    """With the parameter, the axes, the sizes, and those that would work."""
     config = phi3.Phi3Config(**config_values("gqa"))
-    model = phi3.Phi3ForCausalLM(config, mesh=phi3.make_mesh(1, 5, 1, devices=jax.devices()[:5]))
+    devices = jax.devices()[: fsdp * sequence]
+    mesh = phi3.make_mesh(1, fsdp, 1, devices, sequence=sequence)
+    model = phi3.Phi3ForCausalLM(config, mesh=mesh)
     words = (
         r"lm_head\.weight of shape \(97, 48\): its dimension 'embed' of 48 does not divide over "
-        r"mesh axis 'fsdp' of size 5; sizes that would work are \[1, 2, 3, 4, 6, 8, 12, 16, 24, "
-        r"48\]"
+        rf"fsdp={fsdp} x sequence={sequence} of the mesh; products that would work are "
+        r"\[1, 2, 3, 4, 6, 8, 12, 16, 24, 48\]"
     )
     with pytest.raises(ValueError, match=words):
         make(model)
@@ -129,7 +201,7 @@ def test_a_mesh_with_other_axes_is_refused():
     """It would shard nothing, in silence."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "model"))
     model = phi3.Phi3ForCausalLM(phi3.Phi3Config(**config_values("gqa")), mesh=mesh)
-    with pytest.raises(ValueError, match=r"axes \['model'\], known are \['data', 'fsdp', 'tens"):
+    with pytest.raises(ValueError, match=r"axes \['model'\], known are \['data', 'fsdp', 'sequ"):
         abstract_params(model)
 
 

@@ -172,7 +172,9 @@ class TokenizersVocabulary:
                 )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Without the texts' offsets, and without holding other threads up, which `encode` does.
+        texts = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return texts[0].ids
 
 
 def read_vocabulary(

@@ -45,19 +45,21 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture(scope="session")
 def gpu_mesh():
-    """A function (shape) -> Mesh of up to eight H100s of one host, data x fsdp x tensor.
+    """A function (shape) -> Mesh of up to eight H100s of one host: data x fsdp x tensor, and where
+    it has a fourth size, that of sequence.
 
     Its devices run nothing; what is lowered for shapes placed on them can be compiled.
     """
     pytest.importorskip("jax_cuda12_plugin")
     pytest.importorskip("nvidia.cudnn")
 
-    def mesh(shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
+    def mesh(shape: tuple[int, ...] = (1, 1, 1)) -> Mesh:
         described = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", target_config=H100, topology="1x1x8"
         )
         devices = np.array(described.devices[: math.prod(shape)])
-        return Mesh(devices.reshape(shape), MESH_AXES)
+        data, fsdp, tensor, *sequence = shape
+        return Mesh(devices.reshape(data, fsdp, *sequence or (1,), tensor), MESH_AXES)
 
     return mesh
 

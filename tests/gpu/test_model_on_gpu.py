@@ -9,7 +9,7 @@ from phi3_jax.sharding import abstract_params, named_sharding
 
 
 @pytest.mark.parametrize("remat, kernels", [("none", 2), ("attention", 2), ("full", 3)])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 1, 1, 2)])
 def test_saved_attention_is_not_computed_again(gpu_mesh, remat, kernels, sizes):
     """One kernel forward and one backward; full rematerialisation runs the first one twice."""
     config = phi3.Phi3Config(

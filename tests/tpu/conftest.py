@@ -21,20 +21,37 @@ WITHOUT_DEVICES = {
 
 
 @pytest.fixture(scope="session")
-def tpu_mesh():
-    """A function (topology, shape) -> Mesh of the topology's first devices, data x fsdp x tensor.
+def tpu_devices():
+    """A function (topology, slices) -> the devices of so many slices of a topology.
 
-    Its devices run nothing; what is lowered for shapes placed on them can be compiled:
+    They run nothing; what is lowered for shapes placed on them can be compiled:
     `jax.jit(f).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=...)).compile()`.
     """
     pytest.importorskip("libtpu")
 
-    def mesh(topology: str = "v5e:2x4", shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
+    def devices(topology: str, slices: int = 1) -> list:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in WITHOUT_DEVICES.items():
                 patch.setenv(name, value)
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-        return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), MESH_AXES)
+            described = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, num_slices=slices
+            )
+        return described.devices
+
+    return devices
+
+
+@pytest.fixture(scope="session")
+def tpu_mesh(tpu_devices):
+    """A function (topology, shape) -> Mesh of the topology's first devices.
+
+    A shape is data x fsdp x tensor, and where it has a fourth size, that of sequence.
+    """
+
+    def mesh(topology: str = "v5e:2x4", shape: tuple[int, ...] = (1, 1, 1)) -> Mesh:
+        data, fsdp, tensor, *sequence = shape
+        devices = np.array(tpu_devices(topology)[: math.prod(shape)])
+        return Mesh(devices.reshape(data, fsdp, *sequence or (1,), tensor), MESH_AXES)
 
     return mesh
 

@@ -32,6 +32,7 @@ import sentencepiece
 import phi3_jax as phi3
 from phi3_jax.folder import staged_folder
 from phi3_jax.loss import IGNORED_LABEL
+from train.optimizer import matrix_axes
 from train.tiny_demo.tasks import KINDS, Chat, held_out_chats, training_chats
 
 STEPS = 2600
@@ -174,27 +175,6 @@ def batches(tokenizer: phi3.Tokenizer, seed: int) -> Iterator[tuple[np.ndarray, 
             input_ids[index, :stop] = prompt + answer
             labels[index, len(prompt) : stop] = answer
         yield input_ids, labels
-
-
-def matrix_axes(params: Any) -> Any:
-    """Which axes of each leaf are the rows and columns of the matrix that muon makes orthogonal.
-
-    The rest (layers; gate and up) count several matrices. The embedding and the norms have none
-    and are left to Adam.
-    """
-    axes = {
-        "qkv_proj": ((1,), (2, 3, 4)),
-        "o_proj": ((1, 2, 3), (4,)),
-        "gate_up_proj": ((1,), (3,)),
-        "down_proj": ((1,), (2,)),
-    }
-
-    def of(path, _):
-        names = [key.key for key in path]
-        found = [axes[name] for name in names if name in axes]
-        return optax.contrib.MuonDimensionNumbers(*found[0]) if found else None
-
-    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def train(

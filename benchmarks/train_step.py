@@ -1,0 +1,153 @@
+"""What a training step of a config costs: memory by the compiler, time on devices that are here.
+
+    python benchmarks/train_step.py sft_mini_4k_v5e8 --preset phi-3-mini-4k-instruct \\
+        --topology v5e:2x4                                   # compile only, for devices elsewhere
+    python benchmarks/train_step.py lora_mini_4k_colab --preset phi-3-mini-4k-instruct --steps 10
+
+Rows are full and random, weights are random: nothing is loaded. Changes of the config follow as
+for phi3-train. A topology is one of TPUs ("v5e:2x4", "v5p:4x4x4"; needs libtpu) or "h100:8" (needs
+jax's CUDA plugin and cuDNN; no device or driver either way).
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+import phi3_jax as phi3
+from phi3_jax.sharding import init_params
+from train.config import load_config
+from train.lora import init_adapters
+from train.metrics import flops_per_token, memory_in_use, peak_flops
+from train.quantize import quantize_params
+from train.state import Setup
+from train.step import BATCH_NAMES, lower_step, model_tables, place_batch, rows_held
+
+# What the compiler has to know of an H100 SXM, by its data sheet, as a GpuTargetConfigProto.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# libtpu asks the cloud what machine it is on, unless told.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a machine that is not here."""
+    name, _, size = topology.partition(":")
+    if name == "h100":
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", target_config=H100, topology=f"1x1x{size}"
+        )
+    else:
+        os.environ.update(WITHOUT_TPU)
+        shape = {"chips_per_host_bounds": (1, 1, 1)} if size in ("1x1", "1x1x1") else {}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **shape)
+    return list(described.devices)
+
+
+def abstract_frozen(setup: Setup) -> Any:
+    """The leaves that are not trained, as the step gets them."""
+    lora = setup.config.lora
+    if lora is None or lora.quantize is None:
+        return setup.frozen
+    kind, model = lora.quantize, setup.model
+    leaves = jax.eval_shape(lambda own: quantize_params(own, kind, model), setup.frozen)
+    # Laid out for one device: who quantises has no more.
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=setup.everywhere)  # noqa: E731
+    return jax.tree.map(place, leaves)
+
+
+def measure(setup: Setup, program: Any, steps: int) -> None:
+    """Takes steps on random rows and prints how long they took."""
+    params = init_params(setup.model)
+    config = setup.config
+    state: Any
+    if config.lora is None:
+        state, frozen = setup.start(params), {}
+    else:
+        state = setup.start(init_adapters(setup.model, config.lora))
+        frozen = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, setup.frozen)
+        if config.lora.quantize is not None:
+            frozen = quantize_params(frozen, config.lora.quantize, setup.model)
+    del params
+    rows = rows_held(setup)
+    shape = (config.accumulate, len(rows), setup.tokens_per_row)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, setup.model.config.vocab_size, shape, dtype=np.int32)
+    arrays = dict(zip(BATCH_NAMES, (ids, ids, np.ones(shape, np.int32)), strict=True))
+    batch, rope = place_batch(setup, arrays, rows), model_tables(setup)
+    seconds = []
+    for _ in range(steps + 2):
+        begin = time.perf_counter()
+        state, metrics = program(state, frozen, batch, rope)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - begin)
+    middle = statistics.median(seconds[2:])
+    tokens = config.batch_size * setup.tokens_per_row / middle
+    line = f"{middle:.3f} s a step (median of {steps}), {tokens:,.0f} tokens/s, loss {loss:.3f}"
+    peak = peak_flops(jax.devices()[0])
+    if peak is not None:
+        flops = flops_per_token(setup.model.config, setup.tokens_per_row, config.lora)
+        line += f", MFU {tokens * flops / (peak * setup.mesh.size):.1%}"
+    print(f"{line}, memory {memory_in_use():.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--preset", default=None, help="sizes of a published model")
+    parser.add_argument("--topology", default=None, help="compile for it, and do not run")
+    parser.add_argument("--steps", type=int, default=5)
+    arguments = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory() as folder:
+        changes = list(arguments.overrides)
+        if arguments.preset is not None:
+            phi3.Phi3Config.preset(arguments.preset).save_pretrained(Path(folder))
+            changes.append(f"model.path={folder}")
+        config = load_config(arguments.config, changes)
+        devices = jax.devices() if arguments.topology is None else devices_of(arguments.topology)
+        sizes = config.mesh
+        mesh = phi3.make_mesh(
+            sizes.data, sizes.fsdp, sizes.tensor, devices=devices, sequence=sizes.sequence
+        )
+        setup = Setup(config, mesh, config.steps or 1000)
+        begin = time.perf_counter()
+        program = lower_step(setup, abstract_frozen(setup)).compile()
+        analysis = program.memory_analysis()
+        print(
+            f"{arguments.config} on {len(devices)} x {devices[0].device_kind}, mesh "
+            f"{dict(mesh.shape)}: compiled in {time.perf_counter() - begin:.0f} s, peak "
+            f"{analysis.peak_memory_in_bytes / 2**30:.2f} GiB a device "
+            f"(arguments {analysis.argument_size_in_bytes / 2**30:.2f})",
+            flush=True,
+        )
+        if arguments.topology is None:
+            measure(setup, program, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

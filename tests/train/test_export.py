@@ -1,0 +1,145 @@
+"""What a run hands over, and how it is looked at: export, eval, check on the command line."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from model_folders import tensors_in
+from train_runs import small_run, use_devices, write_chat_model, write_documents, write_page
+
+import phi3_jax as phi3
+from train.cli import main
+from train.export import export, load_for_use, merged_params, trained_params
+from train.loop import train
+from train.peft_format import load_adapter
+
+LORA = dict(rank=3, alpha=5.0, targets=["qkv_proj", "down_proj"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A full run, one with a moving average and frozen weights, and a LoRA run."""
+    parent = tmp_path_factory.mktemp("runs")
+    write_chat_model(parent / "model", num_key_value_heads=3)
+    write_documents(parent / "data")
+    (parent / "data" / "valid.jsonl").rename(parent / "data" / "test.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch)
+        kept = dict(checkpoint=dict(every=2, keep=3), steps=4)
+        train(small_run(parent, "full", **kept))
+        average = dict(ema_decay=0.5, freeze=["model.embed_tokens.*", "model.layers.1.*"])
+        train(small_run(parent, "average", optimizer=average, **kept))
+        train(small_run(parent, "lora", lora=LORA, **kept))
+    return parent
+
+
+def logits(model, params):
+    ids = np.arange(3, 40).reshape(1, -1)
+    return np.asarray(model.apply({"params": params}, ids).logits)
+
+
+@pytest.mark.parametrize("name", ["full", "average", "lora"])
+def test_an_exported_folder_is_the_model_that_was_trained(runs, name, tmp_path):
+    export(runs / name, tmp_path / "out", dtype="float32")
+    setup, trained = trained_params(runs / name)
+    model, params = phi3.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(
+        logits(model, params), logits(model, merged_params(setup, trained))
+    )
+    _, before = phi3.from_pretrained(runs / "model")
+    assert np.abs(logits(model, params) - logits(model, before)).max() > 1e-3
+    assert phi3.Tokenizer.from_pretrained(tmp_path / "out").vocab_size
+    saved = phi3.Phi3Config.from_pretrained(tmp_path / "out")
+    assert saved.num_key_value_heads == 3
+
+
+def test_what_is_frozen_is_exported_as_it_was(runs, tmp_path):
+    export(runs / "average", tmp_path / "out")
+    before, after = tensors_in(runs / "model"), tensors_in(tmp_path / "out")
+    assert before.keys() == after.keys()
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    frozen = {n for n in before if n.startswith(("model.embed_tokens.", "model.layers.1."))}
+    assert same == frozen
+
+
+def test_the_dtype_is_that_of_the_model_or_as_asked(runs, tmp_path):
+    export(runs / "full", tmp_path / "half", dtype="bfloat16")
+    export(runs / "full", tmp_path / "same")
+    assert {x.dtype.name for x in tensors_in(tmp_path / "half").values()} == {"bfloat16"}
+    assert {x.dtype.name for x in tensors_in(tmp_path / "same").values()} == {"float32"}
+
+
+def test_an_adapter_is_handed_over_as_peft_has_it(runs, tmp_path):
+    export(runs / "lora", tmp_path / "adapter", adapter=True)
+    setup, trained = trained_params(runs / "lora")
+    lora, adapters = load_adapter(tmp_path / "adapter", setup.model)
+    assert lora.rank == 3 and lora.scale == 5 / 3 and set(lora.targets) == set(LORA["targets"])
+    jax.tree.map(np.testing.assert_array_equal, adapters, trained)
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert base["base_model_name_or_path"] == str(runs / "model")
+    with pytest.raises(ValueError, match="has no adapter"):
+        export(runs / "full", tmp_path / "none", adapter=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_earlier_checkpoint_can_be_exported(runs, tmp_path):
+    export(runs / "full", tmp_path / "two", step=2)
+    export(runs / "full", tmp_path / "four")
+    two, four = tensors_in(tmp_path / "two"), tensors_in(tmp_path / "four")
+    assert any(not np.array_equal(two[name], four[name]) for name in two)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3.*\[2, 4\]"):
+        export(runs / "full", tmp_path / "three", step=3)
+
+
+def test_a_folder_that_is_no_run_and_a_target_that_is_there(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+        export(runs / "model", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError):
+        export(runs / "full", tmp_path / "out")
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["phi3-train", *map(str, arguments)])
+    status = 0
+    try:
+        main()
+    except SystemExit as error:
+        status = error.code or 0
+    return status, *capsys.readouterr()
+
+
+def test_eval_takes_runs_and_model_folders(runs, tmp_path, monkeypatch, capsys):
+    use_devices(monkeypatch)
+    data = ("--sequence-length", "48", "--answers")
+    status, trained, _ = run_command(
+        monkeypatch, capsys, "eval", runs / "lora", runs / "data", *data
+    )
+    assert status == 0 and "perplexity" in trained and "of 7 exactly right" in trained
+    export(runs / "lora", tmp_path / "out", dtype="float32")
+    status, exported, _ = run_command(
+        monkeypatch, capsys, "eval", tmp_path / "out", runs / "data", *data
+    )
+    assert status == 0 and exported == trained
+    model, params, _ = load_for_use(runs / "lora", "bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    assert model.dtype == jax.numpy.bfloat16
+
+
+def test_check_tells_what_a_run_will_see(runs, monkeypatch, capsys):
+    page = write_page(small_run(runs, "checked"))
+    status, out, _ = run_command(monkeypatch, capsys, "check", page, "data.mask_prompt=false")
+    assert status == 0 and "documents    39" in out and "dropped      1" in out
+    assert not (runs / "checked").exists()
+
+
+def test_export_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    status, text, _ = run_command(monkeypatch, capsys, "export", runs / "full", out)
+    assert status == 0 and text == f"wrote {out}\n"
+    status, _, error = run_command(monkeypatch, capsys, "export", runs / "full", out)
+    assert status == 1 and error.startswith("error: ") and "--force" in error
+    status, _, _ = run_command(monkeypatch, capsys, "export", runs / "full", out, "--force")
+    assert status == 0

@@ -1,0 +1,139 @@
+"""`phi3-train`: fine-tuning runs, and what comes before and after them."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Fine-tune Phi-3: `phi3-train CONFIG section.name=value ...` starts a run, or goes on "
+    "with one. CONFIG is a page of configs/ or a .py file with get_config().",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigName = Annotated[str, typer.Argument(help="A page of configs/, or the path of a .py file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes of it: section.name=value each.")
+]
+Run = Annotated[str, typer.Argument(help="The folder of a run.")]
+Step = Annotated[int | None, typer.Option(help="A checkpoint's step; by default the last one.")]
+
+
+@app.command("run")
+def _run(config: ConfigName, overrides: Overrides = None) -> None:
+    """Fine-tune; `run` itself may be left out. Status 75: told to stop, saved, to be run again."""
+    from train.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from train.distributed import initialize
+
+    initialize()
+    from train.loop import train
+    from train.preemption import PREEMPTED_STATUS
+
+    if train(loaded).preempted:
+        raise typer.Exit(PREEMPTED_STATUS)
+
+
+@app.command("check")
+def _check(config: ConfigName, overrides: Overrides = None) -> None:
+    """Read all data of a run, name every bad line, and say what a step will see."""
+    from train.config import load_config
+    from train.loop import load_tokenizer, open_data
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    loaded = load_config(config, overrides or ())
+    _, tokenizer = load_tokenizer(loaded)
+    for name, data in zip(("train", "valid"), open_data(loaded, tokenizer), strict=True):
+        if data is not None:
+            print(f"{name}:")
+            for line in data.summary():
+                print(f"  {line}")
+
+
+@app.command("export")
+def _export(
+    run: Run,
+    target: Annotated[str, typer.Argument(help="The new folder.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The LoRA adapter alone, in PEFT's form.")
+    ] = False,
+    step: Step = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights; by default as the run's model has them.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model folder.")] = False,
+) -> None:
+    """Write what a run has learnt as a Hugging Face folder."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from train.export import export
+
+    export(run, target, adapter, step, dtype, force)
+    print(f"wrote {target}")
+
+
+@app.command("eval")
+def _eval(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a run's folder.")],
+    data: Annotated[str, typer.Argument(help="jsonl, parquet or arrayrecord; a folder's test.*")],
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also answer the questions, and compare exactly.")
+    ] = False,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of weights and compute.")] = "float32",
+    step: Step = None,
+) -> None:
+    """Perplexity of a model on data; with --answers, how many questions it answers exactly."""
+    from train.batches import Batches
+    from train.config import DataConfig
+    from train.evaluate import exact_match, perplexity
+    from train.export import load_for_use
+    from train.records import open_records
+
+    records = open_records(data, "test")
+    network, params, tokenizer = load_for_use(model, dtype, step)
+    settings = DataConfig(path=data, sequence_length=sequence_length)
+    batches = Batches(records, tokenizer, settings, batch_size, 1, 0, 1, shuffle=False)
+    assert batches.steps is not None, "an epoch has an end"
+    rows = range(batch_size)
+    found = perplexity(network, params, batches.iterate(0, batches.steps, rows))
+    print(
+        f"perplexity {found.perplexity:.4f}, loss {found.loss:.4f}, {found.tokens:,} tokens learnt"
+    )
+    if batches.dropped:
+        print(
+            f"{len(batches.dropped):,} documents are longer than {sequence_length} tokens: left out"
+        )
+    if answers:
+        match = exact_match(network, params, tokenizer, (records[i] for i in range(len(records))))
+        share = match.right / match.asked
+        print(f"answers {match.right} of {match.asked} exactly right ({share:.1%})")
+        for wrong in match.wrong[:5]:
+            question = wrong.messages[-1]["content"]
+            print(f"  {question!r}: {wrong.answer!r}, expected {wrong.expected!r}")
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is one line on stderr and status 1."""
+    arguments = sys.argv[1:]
+    commands = {command.name for command in app.registered_commands}
+    if arguments and arguments[0] not in commands and not arguments[0].startswith("-"):
+        arguments = ["run", *arguments]
+    try:
+        app(arguments)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        hint = "; pip install 'phi3-jax[train]'" if _lacks_extra(error) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _lacks_extra(error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name in ("grain", "optax")
+
+
+if __name__ == "__main__":
+    main()

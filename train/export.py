@@ -1,0 +1,155 @@
+"""What a run hands over: a Hugging Face folder, whole or as an adapter."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import phi3_jax as phi3
+from phi3_jax.checkpoint import open_weights
+from phi3_jax.folder import copy_side_files, staged_folder
+from train.checkpoints import Checkpoints
+from train.config import TrainConfig, from_dict
+from train.loop import CHECKPOINTS, CONFIG_FILE
+from train.lora import merge
+from train.peft_format import save_adapter
+from train.state import Setup, Tree
+
+
+def run_config(run: str | Path) -> TrainConfig:
+    """The config of a run's folder.
+
+    Raises:
+      FileNotFoundError: where it is none.
+      ValueError: where its config cannot be read.
+    """
+    path = Path(run).expanduser() / CONFIG_FILE
+    if not path.is_file() or not (path.parent / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(
+            f"{str(run)!r} is not the folder of a run: it has no {CONFIG_FILE} and {CHECKPOINTS}/"
+        )
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tree]:
+    """What a run has trained, from a checkpoint of it: the moving average, where it keeps one.
+
+    Args:
+      run: its folder.
+      step: of the checkpoint; by default the last one.
+
+    Returns:
+      The Setup of the run on one device of this host, and the trained leaves.
+
+    Raises:
+      FileNotFoundError: where it has no such checkpoint.
+    """
+    config = run_config(run)
+    mesh = phi3.make_mesh(devices=jax.local_devices()[:1])
+    # The length of the run decides learning rates, which nobody asks for here.
+    setup = Setup(config, mesh, 10**9)
+    checkpoints = Checkpoints(Path(run).expanduser() / CHECKPOINTS)
+    try:
+        steps = checkpoints.steps
+        if not steps or (step is not None and step not in steps):
+            raise FileNotFoundError(
+                f"{str(run)!r} has no checkpoint of step {step}; it has those of steps {steps}"
+                if steps
+                else f"{str(run)!r} has no checkpoint yet"
+            )
+        name = "params" if config.optimizer.ema_decay is None else "ema"
+        params = checkpoints.load_part(steps[-1] if step is None else step, name, setup.trainable)
+        return setup, params
+    finally:
+        checkpoints.close()
+
+
+def merged_params(setup: Setup, trained: Tree) -> Tree:
+    """The parameters of the whole model, float32, adapters merged into the weights they belong to.
+
+    Under QLoRA these are the model's own weights, not the rounded ones it was trained beside.
+    """
+    if setup.config.lora is None and not jax.tree.leaves(setup.frozen):
+        return trained
+    _, own = phi3.from_pretrained(setup.source, dtype="float32", mesh=setup.mesh)
+    if setup.config.lora is not None:
+        return merge(own, trained, setup.config.lora)
+    return setup.combine(trained, own)
+
+
+def load_for_use(
+    path: str | Path, dtype: str, step: int | None = None
+) -> tuple[phi3.Phi3ForCausalLM, Tree, phi3.Tokenizer]:
+    """The model, parameters and tokenizer of a run's folder, or of a model folder or hub id.
+
+    Args:
+      path: of either.
+      dtype: of parameters and activations.
+      step: of a run's checkpoint; by default the last one.
+
+    Raises:
+      FileNotFoundError, ValueError: as `run_config`, `trained_params` and `from_pretrained`.
+    """
+    if not (Path(path).expanduser() / CHECKPOINTS).is_dir():
+        mesh = phi3.make_mesh() if jax.device_count() > 1 else None
+        model, params = phi3.from_pretrained(path, dtype=dtype, mesh=mesh)
+        return model, params, phi3.Tokenizer.from_pretrained(path)  # ty: ignore
+    setup, trained = trained_params(path, step)
+    kind = jnp.dtype(dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(kind), merged_params(setup, trained))
+    model = setup.model.clone(dtype=kind, param_dtype=kind, remat="none")
+    return model, params, phi3.Tokenizer.from_pretrained(setup.source)
+
+
+def export(
+    run: str | Path,
+    target: str | Path,
+    adapter: bool = False,
+    step: int | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> None:
+    """Writes what a run has learnt as a folder that transformers, or with `adapter` PEFT, loads.
+
+    Args:
+      run: the run's folder.
+      target: the new folder; it appears whole or not at all.
+      adapter: the LoRA adapters alone; else the whole model with its tokenizer, adapters merged.
+      step: of the checkpoint; by default the last one.
+      dtype: of the weights of a whole model; by default that of the model the run started from.
+      force: replace a model folder that is there.
+
+    Raises:
+      FileNotFoundError: where there is no such run or checkpoint.
+      FileExistsError: where the target exists, without force.
+      ValueError: for an adapter of a run that has none.
+    """
+    setup, trained = trained_params(run, step)
+    lora = setup.config.lora
+    if adapter:
+        if lora is None:
+            raise ValueError(f"{str(run)!r} trains the model's own weights: it has no adapter")
+        base = setup.config.model.path or str(setup.source)
+        save_adapter(target, setup.model, trained, lora, base)
+        return
+    params = merged_params(setup, trained)
+    kind = _stored_dtype(setup) if dtype is None else jnp.dtype(dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(kind), params)
+    with staged_folder(target, force) as stage, tempfile.TemporaryDirectory(dir=stage) as part:
+        copy_side_files(setup.source, stage)
+        phi3.save_pretrained(Path(part) / "model", setup.model, params)
+        for file in (Path(part) / "model").iterdir():
+            shutil.move(file, stage / file.name)
+
+
+def _stored_dtype(setup: Setup) -> np.dtype[Any]:
+    weights = open_weights(setup.source, setup.model.config)
+    return weights.leaves[weights.table.embedding].dtype

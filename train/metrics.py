@@ -1,0 +1,207 @@
+"""What a run says about itself: lines for people, JSON lines, and TensorBoard."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+import phi3_jax as phi3
+from train.config import LoraConfig
+
+# Dense bfloat16 products a second of one device, in 10^12, from the vendors' data sheets, by a
+# part of jax.Device.device_kind; the first that fits counts. TPU v2 and v3 devices are half a chip,
+# as those of v7x are.
+_PEAK_TFLOPS = {
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5p": 459,
+    "TPU v5": 459,
+    "TPU v6": 918,
+    "TPU7x": 1154,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L4": 121,
+    "T4": 65,
+}
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Floating-point operations a second of a device in bfloat16, or None where it is unknown."""
+    kind = device.device_kind
+    found = next((peak for name, peak in _PEAK_TFLOPS.items() if name in kind), None)
+    return None if found is None else found * 1e12
+
+
+def flops_per_token(config: phi3.Phi3Config, tokens: int, lora: LoraConfig | None) -> float:
+    """Floating-point operations that training needs for each token of a row.
+
+    As in PaLM (arXiv:2204.02311, appendix B), with two differences: attention is counted causal,
+    half of all pairs; and where only adapters are trained, weights have no gradients, so that a
+    product costs four operations a weight and not six. What is computed again (remat) and the
+    lookup of the embedding do not count; packed documents need less attention than a whole row.
+    """
+    heads = config.num_attention_heads
+    D, K, H = config.hidden_size, config.num_key_value_heads, config.head_dim
+    layer = D * (heads + 2 * K) * H + heads * H * D + 3 * D * config.intermediate_size
+    weights = config.num_hidden_layers * layer + config.vocab_size * D
+    seen = tokens if config.sliding_window is None else min(tokens, config.sliding_window)
+    pairs = seen - seen * seen / (2 * tokens)  # keys that a query sees, on average
+    attention = config.num_hidden_layers * 4 * pairs * heads * H
+    return (6 if lora is None else 4) * weights + 3 * attention
+
+
+def memory_in_use() -> float | None:
+    """GiB that this process has needed at most: of the fullest device, or on CPU of the host."""
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    if peaks:
+        return max(peaks) / 2**30
+    if jax.default_backend() != "cpu":
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Reporter:
+    """Where the first process of a run writes; the others write nothing.
+
+    Args:
+      folder: of the run.
+      steps: how many it has.
+      tensorboard: also write events into the folder.
+
+    Raises:
+      ValueError: for tensorboard where tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path, steps: int, tensorboard: bool = False):
+        self._writes = jax.process_index() == 0
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not self._writes)
+        self._path, self._width = folder / METRICS_FILE, len(str(steps))
+        self._steps = steps
+        self._file: Any = None
+        self._events: Any = None
+        if tensorboard and self._writes:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "tensorboard=true needs tensorboardX: pip install 'phi3-jax[tensorboard]'"
+                ) from None
+            self._events = SummaryWriter(str(folder / "tensorboard"))
+
+    def begin(self, step: int) -> None:
+        """Forgets what was written about steps after this one, and opens the file."""
+        if not self._writes:
+            return
+        cut_metrics(self._path, step)
+        self._file = open(self._path, "a", encoding="utf-8")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether that of a step has been written; the same answer in every process."""
+        lines = read_metrics(self._path) if self._writes else []
+        found = any(line["kind"] == "valid" and line["step"] == step for line in lines)
+        return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+
+    def banner(self, phase: str, *lines: str) -> None:
+        """A phase of the run."""
+        self._console.rule(f"[bold]{phase}", align="left")
+        for line in lines:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        self._console.print(line, markup=False)
+
+    def step(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """One line about a step, and its values into the files."""
+        self._write("train", step, values)
+        mfu = values.get("mfu")
+        self.say(
+            f"step {step:{self._width}}/{self._steps}  loss {values['loss']:.4f}  "
+            f"grad {values['grad_norm']:.3g}  lr {values['learning_rate']:.3g}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s"
+            + ("" if mfu is None else f"  MFU {mfu:.1%}")
+        )
+
+    def evaluation(self, step: int, values: Mapping[str, float | int]) -> None:
+        """One line about an evaluation, and its values into the files."""
+        self._write("valid", step, values)
+        self.say(
+            f"step {step:{self._width}}/{self._steps}  valid loss {values['loss']:.4f}  "
+            f"perplexity {values['perplexity']:.4g}  ({values['labels']:,} labels)"
+        )
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """An answer of the model as it is now."""
+        self.say(f"  {prompt!r} -> {answer!r}")
+        if self._events is not None:
+            self._events.add_text(prompt, answer, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            line = {"kind": kind, "step": step, **values}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if value is not None and math.isfinite(value):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that a killed run did not finish is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leaves out what is about steps after this one: a run that goes on will write them again."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    part = path.with_name(f"{path.name}.partial")
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+class Clock:
+    """Seconds of work since the last time it was asked; pauses are left out."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what has passed."""
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap or restart."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

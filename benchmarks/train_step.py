@@ -28,7 +28,14 @@ from train.lora import init_adapters
 from train.metrics import flops_per_token, memory_in_use, peak_flops
 from train.quantize import quantize_params
 from train.state import Setup
-from train.step import BATCH_NAMES, lower_step, model_tables, place_batch, rows_held
+from train.step import (
+    BATCH_NAMES,
+    lower_step,
+    model_tables,
+    place_batch,
+    rows_held,
+    step_function,
+)
 
 # What the compiler has to know of an H100 SXM, by its data sheet, as a GpuTargetConfigProto.
 H100 = """
@@ -100,6 +107,8 @@ def measure(setup: Setup, program: Any, steps: int) -> None:
     arrays = dict(zip(BATCH_NAMES, (ids, ids, np.ones(shape, np.int32)), strict=True))
     batch, rope = place_batch(setup, arrays, rows), model_tables(setup)
     seconds = []
+    if config.lora is not None and config.lora.quantize == "nf4":
+        program = step_function(setup)  # as train.loop
     for _ in range(steps + 2):
         begin = time.perf_counter()
         state, metrics = program(state, frozen, batch, rope)

@@ -1,8 +1,8 @@
 """All weights of Phi-3-medium-4k (14 billion) on a slice of TPU v5p.
 
 Hardware: v5p-64 (32 chips of 95 GB, topology 2x4x4, 8 hosts).
-Memory: @MEM@
-Time: @TIME@
+Memory: 21.9 GiB a chip (of 95), by the compiler.
+Time: estimated at 40 % of the peak: 65,000 tokens/s.
 Command: phi3-train sft_medium_v5p64 data.path=DATA folder=SHARED/runs/medium (docs/launch.md)
 """
 

@@ -1,8 +1,8 @@
 """All weights of Phi-3-mini-128k on rows of 131,072 tokens, each row spread over all devices.
 
 Hardware: v5p-64 (32 chips of 95 GB, topology 2x4x4, 8 hosts).
-Memory: @MEM@
-Time: @TIME@
+Memory: 5.1 GiB a chip (of 95), by the compiler.
+Time: estimated at 40 % of the peak: 55,000 tokens/s, so 10 seconds a step.
 Command: phi3-train sft_mini_128k data.path=DATA folder=SHARED/runs/mini_128k (docs/launch.md)
 """
 

@@ -1,8 +1,9 @@
 """All weights of Phi-3-mini-4k on one host of H100s.
 
 Hardware: 8 x H100 of 80 GB, one host.
-Memory: @MEM@
-Time: @TIME@
+Memory: 20.5 GiB a GPU, by the compiler.
+Time: estimated: 100,000 tokens/s. One H100 alone, adafactor, 2 rows, remat "full": 14,300 tokens/s
+  and 35 % of the peak, measured (2026-11-22).
 Command: phi3-train sft_mini_4k_h100x8 data.path=DATA
 """
 

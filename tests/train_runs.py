@@ -60,7 +60,8 @@ def small_run(parent: Path, name: str = "run", **changes: Any) -> TrainConfig:
         model=dict(
             path=str(parent / "model"), dtype="float32", frozen_dtype="float32", remat="none"
         ),
-        optimizer=dict(learning_rate=1e-3, weight_decay=0.1),
+        # Constant, so that runs of other lengths are the same program.
+        optimizer=dict(learning_rate=1e-3, schedule="constant", weight_decay=0.1),
         checkpoint=dict(every=100),
         evaluation=dict(every=100),
         steps=6,

@@ -42,7 +42,7 @@ class Checkpoints:
         self._checkpointer = orbax.training.Checkpointer(
             str(folder.absolute()),
             context=context,
-            preservation_policy=kept,
+            preservation_policy=kept,  # ty: ignore[invalid-argument-type]
             # What a killed run was writing.
             cleanup_tmp_directories=config is not None,
         )
@@ -92,7 +92,9 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax makes of a broken folder
             raise self._unreadable(step, error) from error
         if not values:
-            raise self._unreadable(step, ValueError("its _CHECKPOINT_METADATA is missing or another program's"))
+            raise self._unreadable(
+                step, ValueError("its _CHECKPOINT_METADATA is missing or another program's")
+            )
         return values
 
     def load(self, step: int, target: TrainState) -> TrainState:

@@ -13,6 +13,7 @@ import numpy as np
 import phi3_jax as phi3
 from phi3_jax.checkpoint import open_weights
 from phi3_jax.folder import copy_side_files, staged_folder
+from phi3_jax.sharding import shard_params
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig, from_dict
 from train.loop import CHECKPOINTS, CONFIG_FILE
@@ -47,13 +48,13 @@ def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tre
       step: of the checkpoint; by default the last one.
 
     Returns:
-      The Setup of the run on one device of this host, and the trained leaves.
+      The Setup of the run in the memory of this host, and the trained leaves.
 
     Raises:
       FileNotFoundError: where it has no such checkpoint.
     """
     config = run_config(run)
-    mesh = phi3.make_mesh(devices=jax.local_devices()[:1])
+    mesh = phi3.make_mesh(devices=[_host()])
     # The length of the run decides learning rates, which nobody asks for here.
     setup = Setup(config, mesh, 10**9)
     checkpoints = Checkpoints(Path(run).expanduser() / CHECKPOINTS)
@@ -72,17 +73,33 @@ def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tre
         checkpoints.close()
 
 
-def merged_params(setup: Setup, trained: Tree) -> Tree:
-    """The parameters of the whole model, float32, adapters merged into the weights they belong to.
+def merged_params(setup: Setup, trained: Tree, dtype: Any = "float32") -> Tree:
+    """The parameters of the whole model, adapters merged into the weights they belong to.
 
     Under QLoRA these are the model's own weights, not the rounded ones it was trained beside.
+
+    Args:
+      setup, trained: from `trained_params`.
+      dtype: of the result. The sums are rounded once: where it is that of the model folder, no
+        float32 copy of the model is made.
     """
+    kind = jnp.dtype(dtype)
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(kind), tree)  # noqa: E731
     if setup.config.lora is None and not jax.tree.leaves(setup.frozen):
-        return trained
-    _, own = phi3.from_pretrained(setup.source, dtype="float32", mesh=setup.mesh)
+        return cast(trained)
+    read_as = kind.name if kind == _stored_dtype(setup) else "float32"
+    _, own = phi3.from_pretrained(setup.source, dtype=read_as, mesh=setup.mesh)
     if setup.config.lora is not None:
-        return merge(own, trained, setup.config.lora)
-    return setup.combine(trained, own)
+        return cast(merge(own, trained, setup.config.lora))
+    return cast(setup.combine(trained, own))
+
+
+def _host() -> jax.Device:
+    """The CPU, whose memory is the largest; where JAX has none, the first device."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def load_for_use(
@@ -104,8 +121,9 @@ def load_for_use(
         return model, params, phi3.Tokenizer.from_pretrained(path)  # ty: ignore
     setup, trained = trained_params(path, step)
     kind = jnp.dtype(dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(kind), merged_params(setup, trained))
-    model = setup.model.clone(dtype=kind, param_dtype=kind, remat="none")
+    mesh = phi3.make_mesh() if jax.device_count() > 1 else None
+    model = setup.model.clone(dtype=kind, param_dtype=kind, remat="none", mesh=mesh)
+    params = shard_params(model, merged_params(setup, trained, kind))
     return model, params, phi3.Tokenizer.from_pretrained(setup.source)
 
 
@@ -140,9 +158,8 @@ def export(
         base = setup.config.model.path or str(setup.source)
         save_adapter(target, setup.model, trained, lora, base)
         return
-    params = merged_params(setup, trained)
     kind = _stored_dtype(setup) if dtype is None else jnp.dtype(dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(kind), params)
+    params = merged_params(setup, trained, kind)
     with staged_folder(target, force) as stage, tempfile.TemporaryDirectory(dir=stage) as part:
         copy_side_files(setup.source, stage)
         phi3.save_pretrained(Path(part) / "model", setup.model, params)

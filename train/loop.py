@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax as phi3
@@ -22,7 +23,7 @@ from train.metrics import Clock, Reporter, flops_per_token, memory_in_use, peak_
 from train.preemption import preemption
 from train.records import open_records
 from train.state import Setup, TrainState, fingerprint, model_folder
-from train.step import lower_step, model_tables, place_batch, rows_held
+from train.step import lower_step, model_tables, place_batch, rows_held, step_function
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
@@ -121,7 +122,11 @@ def train(config: TrainConfig) -> TrainResult:
 
         # ----- Compilation ----------------------------------------------------------------------
         clock = Clock()
-        step_program = lower_step(setup, frozen).compile()
+        if any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen)):
+            # A program that is compiled ahead refuses such arrays: JAX tells their layout wrongly.
+            step_program = step_function(setup)
+        else:
+            step_program = lower_step(setup, frozen).compile()
         rope = model_tables(setup)
         report.banner("Training", _program_line(step_program, clock.lap()))
 
@@ -331,7 +336,8 @@ def _model_lines(setup: Setup, source: Path, resumed: int | None) -> list[str]:
 
 
 def _program_line(program: Any, seconds: float) -> str:
+    if not isinstance(program, jax.stages.Compiled):
+        return "the first step compiles"
     line = f"compiled in {seconds:.1f} s"
-    memory = program.memory_analysis()
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    peak = getattr(program.memory_analysis(), "peak_memory_in_bytes", 0)
     return f"{line}; a step needs {peak / 2**30:.2f} GiB on each device" if peak else line

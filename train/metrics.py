@@ -95,7 +95,9 @@ class Reporter:
 
     def __init__(self, folder: Path, steps: int, tensorboard: bool = False):
         self._writes = jax.process_index() == 0
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not self._writes)
+        self._console = Console(
+            highlight=False, soft_wrap=True, quiet=not self._writes, force_jupyter=False
+        )
         self._path, self._width = folder / METRICS_FILE, len(str(steps))
         self._steps = steps
         self._file: Any = None

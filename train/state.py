@@ -121,11 +121,14 @@ class Setup:
           ValueError: where weights are NaN or infinite, with their names.
         """
         config = self.config
-        params: Tree = {}
+        params: Tree | None = {}
         if trained or jax.tree.leaves(self.frozen):
             # Under LoRA all weights are frozen ones, and no float32 copy of them is needed.
             dtype = "float32" if config.lora is None else config.model.frozen_dtype
-            _, params = phi3.from_pretrained(source, dtype=dtype, mesh=self.mesh)
+            quantizes = config.lora is not None and config.lora.quantize is not None
+            params = self._load_on_host(source, dtype) if quantizes else None
+            if params is None:
+                _, params = phi3.from_pretrained(source, dtype=dtype, mesh=self.mesh)
             check_finite(params, str(source))
         if config.lora is not None:
             if config.lora.quantize is not None:
@@ -137,6 +140,22 @@ class Setup:
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.frozen)
         frozen = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, dtypes)
         return self.start(unflatten_dict(own) if trained else None), frozen
+
+    def _load_on_host(self, source: Path, dtype: str) -> Tree | None:
+        """The weights in the memory of the host, for those that are too large for a device until
+        they are quantised; None where the mesh pads, is of several hosts, or JAX has no CPU.
+        """
+        plain = abstract_params(self.model.clone(mesh=None))
+        padded = abstract_params(self.model)
+        same = jax.tree.map(lambda a, b: a.shape == b.shape, plain, padded)
+        if jax.process_count() > 1 or not all(jax.tree.leaves(same)):
+            return None
+        try:
+            host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:
+            return None
+        with jax.default_device(host):
+            return phi3.from_pretrained(source, dtype=dtype)[1]
 
     def start(self, params: Tree | None) -> TrainState | None:
         """The state before the first step, laid out; params are donated. None for None."""

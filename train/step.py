@@ -81,27 +81,32 @@ def model_tables(setup: Setup) -> RopeTables:
     return replicate(rope_tables(setup.model.config, setup.tokens_per_row), setup.mesh)
 
 
-def lower_step(setup: Setup, frozen: Tree) -> Any:
-    """The step, lowered for its mesh: `.compile()` gives
-    (state, frozen, batch, rope) -> (state, metrics), with the state donated.
-
-    Args:
-      setup: of the run.
-      frozen: the leaves that are not trained, or their shapes with shardings.
+def step_function(setup: Setup) -> Any:
+    """The jitted step (state, frozen, batch, rope) -> (state, metrics); the state is donated.
 
     Metrics are scalars: loss, a mean over the labels of all parts; labels and tokens that count;
     grad_norm before clipping, update_norm, param_norm, learning_rate.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state)
-    rope = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=setup.everywhere),
-        rope_tables(setup.model.config, setup.tokens_per_row),
-    )
-    step = jax.jit(
+    return jax.jit(
         lambda *arguments: _step(setup, *arguments),
         out_shardings=(shardings, setup.everywhere),
         donate_argnums=0,
     )
+
+
+def lower_step(setup: Setup, frozen: Tree) -> Any:
+    """The step, lowered for its mesh and ready to be compiled.
+
+    Args:
+      setup: of the run.
+      frozen: the leaves that are not trained, or their shapes with shardings.
+    """
+    rope = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=setup.everywhere),
+        rope_tables(setup.model.config, setup.tokens_per_row),
+    )
+    step = step_function(setup)
     return step.lower(setup.abstract_state, frozen, abstract_batch(setup), rope)
 
 

@@ -186,15 +186,16 @@ class Forks:
         self.log, self._devices = log, devices
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["conftest", "train_runs"])
-        # The server finds modules as the environment says, and sys.path is not in it.
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 
     def start(self, config: TrainConfig, watch: Path | None = None, **environ: str) -> Any:
         """A process that begins with a run, or goes on with one."""
         write_page(config)
         arguments = (config, str(self.log), self._devices, watch and str(watch), environ)
         process = self._context.Process(target=train_in_child, args=arguments)
-        process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            # The server, which starts with the first of them, finds modules only there.
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            process.start()
         return process
 
     def start_together(self, config: TrainConfig, count: int) -> tuple[list[Any], list[Path]]:

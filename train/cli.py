@@ -2,6 +2,8 @@
 
 import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -126,9 +128,18 @@ def main() -> None:
     try:
         app(arguments)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            traceback.print_exception(error)
         hint = "; pip install 'phi3-jax[train]'" if _lacks_extra(error) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this project raised it, in words for users; others need their traceback."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    root = Path(__file__).parent.parent
+    return any(last.is_relative_to(root / name) for name in ("phi3_jax", "train", "configs"))
 
 
 def _lacks_extra(error: Exception) -> bool:

@@ -5,18 +5,21 @@ path of one, a Python file with `get_config() -> TrainConfig`.
 """
 
 import dataclasses
-import difflib
 import importlib
+import math
+import operator
 import pkgutil
 import runpy
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from train.config_values import check_types, did_you_mean, parse, section_of
+
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class ModelConfig:
     """
 
     path: str | None = None
-    dtype: str = "bfloat16"
-    frozen_dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
+    frozen_dtype: Dtype = "bfloat16"
     remat: str = "full"
     attention: str = "auto"
 
@@ -43,9 +46,9 @@ class DataConfig:
     """What is learnt.
 
     Attributes:
-      path: a folder with train.jsonl (and valid.jsonl, test.jsonl), or a file, or a glob; also
-        .parquet and .arrayrecord.
-      valid: the file or glob to evaluate on; by default the valid.* of a folder.
+      path: a folder with train.jsonl (and valid.jsonl, test.jsonl) or train-*.jsonl, or a file, or
+        a glob; also .parquet and .arrayrecord.
+      valid: the file or glob to evaluate on; by default a folder's own, if it has some.
       sequence_length: tokens a row.
       packing: several documents a row; else one, padded.
       mask_prompt: learn the answers only, each with the token that ends it; else all tokens.
@@ -106,6 +109,8 @@ class LoraConfig:
       targets: the projections that have one, in every layer.
       quantize: hold the model's own matrices in "nf4" or "int8" (QLoRA, arXiv:2305.14314; extra
         `quant`).
+      path: a PEFT adapter folder that A and B begin from; its rank, alpha, targets and rslora are
+        to be the same.
     """
 
     rank: int = 16
@@ -114,6 +119,7 @@ class LoraConfig:
     targets: tuple[str, ...] = TARGETS
     rslora: bool = False
     quantize: Literal["nf4", "int8"] | None = None
+    path: str | None = None
 
     @property
     def scale(self) -> float:
@@ -208,24 +214,16 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def __post_init__(self):
+        check_types(self)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; give one of the two"
             )
-        at_least = {
-            "steps": self.steps,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "accumulate": self.accumulate,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-            "checkpoint.keep_every": self.checkpoint.keep_every,
-            "evaluation.every": self.evaluation.every,
-            "evaluation.batches": self.evaluation.batches,
-        }
-        for name, value in at_least.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
+        for names, must, fits in _LIMITS:
+            for name in names.split():
+                value = operator.attrgetter(name)(self)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{name} is {value}, must be {must}")
         if self.data.sequence_length < 2:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, must be at least 2: a token "
@@ -243,6 +241,23 @@ class TrainConfig:
             )
 
 
+# Which fields, where they are not None, must be what.
+_LIMITS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("steps epochs batch_size accumulate", "at least 1", lambda value: value >= 1),
+    ("checkpoint.every checkpoint.keep", "at least 1", lambda value: value >= 1),
+    ("checkpoint.keep_every evaluation.every", "at least 1", lambda value: value >= 1),
+    ("evaluation.batches evaluation.sample_tokens", "at least 1", lambda value: value >= 1),
+    ("optimizer.learning_rate", "finite and at least 0", lambda value: 0 <= value < math.inf),
+    ("optimizer.weight_decay", "finite and at least 0", lambda value: 0 <= value < math.inf),
+    ("optimizer.b1 optimizer.b2", "at least 0 and less than 1", lambda value: 0 <= value < 1),
+    ("optimizer.eps optimizer.clip_norm", "more than 0", lambda value: value > 0),
+    ("optimizer.final_fraction", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("optimizer.ema_decay", "between 0 and 1", lambda value: 0 < value < 1),
+    ("seed", "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63),
+    ("profile", "a step from 1 on and one not before it", lambda value: 1 <= value[0] <= value[1]),
+)
+
+
 # --- Reading ---------------------------------------------------------------------------------
 
 
@@ -251,8 +266,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
       name: of a page in configs/, or the path of a Python file with get_config().
-      overrides: "section.name=value" each; a tuple's values are separated by commas, "none" is
-        None, and "lora.rank=8" makes a section that the page leaves out.
+      overrides: "section.name=value" each; a tuple's values are separated by commas, or are a JSON
+        list; "none" is None, and "lora.rank=8" makes a section that the page leaves out.
 
     Raises:
       ValueError: for a page that is not there, names that are not known and values of another
@@ -265,7 +280,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     else:
         if name not in config_names():
             raise ValueError(
-                f"{name!r} is no config{_did_you_mean(name, config_names())}; there are "
+                f"{name!r} is no config{did_you_mean(name, config_names())}; there are "
                 f"{', '.join(config_names())}, or give the path of a .py file"
             )
         page = vars(importlib.import_module(f"configs.{name}"))
@@ -305,23 +320,13 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
             raise ValueError(_unknown(prefix + name, name, known))
     built = {}
     for name, value in values.items():
-        section = _section(hints[name])
+        section = section_of(hints[name])
         if section is not None and isinstance(value, Mapping):
             value = _build(section, value, f"{prefix}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
         built[name] = value
     return kind(**built)
-
-
-def _section(hint: Any) -> Any:
-    """The dataclass among the alternatives of a type, or None."""
-    return next((kind for kind in _alternatives(hint) if dataclasses.is_dataclass(kind)), None)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _set(values: dict[str, Any], kind: Any, key: str, names: list[str], text: str) -> None:
@@ -331,7 +336,7 @@ def _set(values: dict[str, Any], kind: Any, key: str, names: list[str], text: st
     if name not in known:
         raise ValueError(_unknown(key, name, known))
     hint = typing.get_type_hints(kind)[name]
-    section = _section(hint)
+    section = section_of(hint)
     if rest and section is None:
         raise ValueError(f"{key!r}: {name!r} is a value and has no parts")
     if rest:
@@ -342,45 +347,8 @@ def _set(values: dict[str, Any], kind: Any, key: str, names: list[str], text: st
         fields = ", ".join(f"{name}.{entry.name}" for entry in dataclasses.fields(section))
         raise ValueError(f"{key!r} is a section; set its parts: {fields}")
     else:
-        values[name] = _parse(key, text, hint)
-
-
-def _parse(key: str, text: str, hint: Any) -> Any:
-    """The value that a text has as a type of the config."""
-    kinds = _alternatives(hint)
-    if type(None) in kinds and text.lower() in ("none", "null"):
-        return None
-    kind = next(kind for kind in kinds if kind is not type(None))
-    if typing.get_origin(kind) is Literal:
-        if text not in (choices := typing.get_args(kind)):
-            raise ValueError(
-                f"{key} is {text!r}{_did_you_mean(text, choices)}; it is one of "
-                f"{', '.join(choices)}"
-            )
-        return text
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if inner[-1] is not Ellipsis and len(parts) != len(inner):
-            raise ValueError(f"{key} is {text!r}, it takes {len(inner)} values with commas between")
-        return tuple(_parse(key, part, inner[0]) for part in parts)
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{key} is {text!r}, must be true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{key} is {text!r}, must be {_NAMES[kind]}") from None
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+        values[name] = parse(key, text, hint)
 
 
 def _unknown(key: str, name: str, known: Sequence[str]) -> str:
-    return f"the config has no {key!r}{_did_you_mean(name, known)}; known are {', '.join(known)}"
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f"the config has no {key!r}{did_you_mean(name, known)}; known are {', '.join(known)}"

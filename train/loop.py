@@ -57,8 +57,8 @@ def train(config: TrainConfig) -> TrainResult:
     is on a file system that they share.
 
     Raises:
-      ValueError: for settings, data or weights that cannot be used, before anything is written;
-        and for a folder whose run is another one.
+      ValueError: for settings, data or weights that cannot be used, and for a folder whose run is
+        another one; nothing of a run is written then.
       FloatingPointError: where the loss, a gradient or a weight becomes NaN or infinite, with the
         steps since the last checkpoint, and that.
     """
@@ -68,15 +68,18 @@ def train(config: TrainConfig) -> TrainResult:
         sizes = config.mesh
         mesh = phi3.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
 
+        # ----- Model and optimizer, abstract ----------------------------------------------------
+        # Before the data, which may take long to read; its epochs tell the steps only then.
+        setup = Setup(config, mesh, config.steps or 10**9)
+        rows = rows_held(setup)
+
         # ----- Data ---------------------------------------------------------------------------
         source, tokenizer = load_tokenizer(config)
         data, valid = open_data(config, tokenizer)
         steps = config.steps if config.steps is not None else data.steps
         assert steps is not None, "epochs have an end"
-
-        # ----- Model and optimizer, abstract ----------------------------------------------------
-        setup = Setup(config, mesh, steps)
-        rows = rows_held(setup)
+        if config.steps is None:
+            setup = Setup(config, mesh, steps)
 
         # ----- Run folder -----------------------------------------------------------------------
         with by_all():
@@ -96,6 +99,7 @@ def train(config: TrainConfig) -> TrainResult:
         state, frozen = setup.load(source, trained=resumed is None)
         run = {
             "config": config.to_dict(),
+            "model": setup.model.config.to_dict(),
             "data": data.fingerprint,
             "frozen": fingerprint(frozen) if jax.tree.leaves(frozen) else None,
         }
@@ -241,6 +245,12 @@ def _check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) ->
     changed = [
         f"{name} was {then[name]}, is {now[name]}" for name in _FIXED if then[name] != now[name]
     ]
+    model = json.loads(json.dumps(run["model"]))
+    changed += [
+        f"the model's {name} was {value}, is {model.get(name)}"
+        for name, value in saved["model"].items()
+        if model.get(name) != value
+    ]
     if saved["data"] != run["data"]:
         changed.append("the data (its documents, their order or their tokens) is another one")
     if saved["frozen"] != run["frozen"]:
@@ -327,8 +337,7 @@ def _sizes(mesh: jax.sharding.Mesh) -> str:
 
 
 def _model_lines(setup: Setup, source: Path, resumed: int | None) -> list[str]:
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    trained, frozen = count(setup.trainable), count(setup.frozen)
+    trained, frozen = setup.parameters()
     return [
         f"{source}: {trained:,} parameters are trained, {frozen:,} are not",
         "from the model folder" if resumed is None else f"goes on from its checkpoint {resumed}",

@@ -62,7 +62,8 @@ def make_optimizer(
     """The chain: clipping, the update rule, decoupled weight decay times the learning rate.
 
     Adafactor (arXiv:1804.04235) and muon are optax's; muon's update has the root mean square that
-    Adam's has (0.2, arXiv:2502.16982), so that one learning rate suits both.
+    Adam's has (0.2, arXiv:2502.16982), so that one learning rate suits both. Its
+    Adam has Nesterov momentum, too.
 
     Args:
       config: the settings.
@@ -82,28 +83,24 @@ def make_optimizer(
             optax.scale_by_param_block_rms(),
             decay,
         ],
-    }
-    if config.name == "muon":
-        # It has its own learning rate inside, and decays as adamw does.
-        rule = [
+        "muon": lambda: [
             optax.contrib.muon(
-                schedule,
+                -1.0,  # the learning rate and its sign follow, and so does the decay
                 beta=config.b1,
-                weight_decay=config.weight_decay,
-                weight_decay_mask=_decayed,
                 adam_b1=config.b1,
                 adam_b2=config.b2,
-                adam_weight_decay=config.weight_decay,
                 eps=config.eps,
                 muon_weight_dimension_numbers=matrix_axes,
                 consistent_rms=0.2,
-            )
-        ]
-    elif config.name in rules:
-        rule = [*rules[config.name](), optax.scale_by_learning_rate(schedule)]
-    else:
-        known = ", ".join(["muon", *rules])
-        raise ValueError(f"optimizer.name is {config.name!r}, must be one of {known}")
+            ),
+            decay,
+        ],
+    }
+    if config.name not in rules:
+        raise ValueError(
+            f"optimizer.name is {config.name!r}, must be one of {', '.join(sorted(rules))}"
+        )
+    rule = [*rules[config.name](), optax.scale_by_learning_rate(schedule)]
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     # Before the clipping, so that what is not trained has no part in the norm, and after the
     # decay, which would move it.

@@ -15,10 +15,14 @@ import numpy as np
 _BYTES_AT_ONCE = 1 << 24
 _BLANKS = b" \t\r\n"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What a split may be called in a folder, where not by its own name alone.
+_NAMES = {"valid": ("valid", "validation", "val")}
 
 
 class RecordFile(Protocol):
     """One file: how many records it has, each of them, and where a message says that it is."""
+
+    path: Path
 
     def __len__(self) -> int: ...
 
@@ -34,7 +38,7 @@ class Records:
     """
 
     def __init__(self, files: Sequence[RecordFile]):
-        self._files = files
+        self.files = files
         self._starts = list(itertools.accumulate(map(len, files), initial=0))
 
     def __len__(self) -> int:
@@ -61,7 +65,7 @@ class Records:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no record {index}, there are {len(self)}")
         number = bisect_right(self._starts, index) - 1
-        return self._files[number], index - self._starts[number]
+        return self.files[number], index - self._starts[number]
 
 
 def open_records(path: str, split: str | None = None) -> Records:
@@ -70,7 +74,9 @@ def open_records(path: str, split: str | None = None) -> Records:
     Args:
       path: of .jsonl, .parquet (extra `parquet`; held in memory) or .arrayrecord (JSON in each
         record) files.
-      split: "train", "valid" or "test": of a folder, the files whose names begin so.
+      split: "train", "valid" or "test": of a folder, train.EXT alone if there is one, so that a
+        copy or a part beside it is not learnt twice; else all train-*.EXT and train_*.EXT.
+        "validation" and "val" stand for "valid" where nothing is named so.
 
     Raises:
       FileNotFoundError: where there is no such path, or no file of the split in the folder.
@@ -98,18 +104,15 @@ def _files_of(path: str, split: str | None) -> list[Path]:
     if os.path.isdir(path):
         if split is None:
             raise ValueError(f"{path!r} is a folder; name a file in it, or a glob")
-        found = [
-            entry
-            for entry in Path(path).glob(f"{split}*")
-            if entry.suffix in _KINDS and entry.is_file()
-        ]
+        found = _files_of_split(Path(path), split)
         if not found:
             there = ", ".join(sorted(os.listdir(path))) or "nothing"
+            endings = " or ".join(_KINDS)
             raise FileNotFoundError(
-                f"the folder {path!r} has no {split}*.jsonl, {split}*.parquet or "
-                f"{split}*.arrayrecord; in it: {there}"
+                f"the folder {path!r} has no {split} or {split}-* that ends with {endings}; in it: "
+                f"{there}"
             )
-        return sorted(found)
+        return found
     if os.path.exists(path):
         return [Path(path)]
     found = [Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
@@ -118,11 +121,28 @@ def _files_of(path: str, split: str | None) -> list[Path]:
     return sorted(found)
 
 
+def has_split(path: str, split: str) -> bool:
+    """Whether a path is a folder that `open_records` finds the split in."""
+    folder = Path(path).expanduser()
+    return folder.is_dir() and bool(_files_of_split(folder, split))
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in _KINDS and path.is_file())
+    for name in _NAMES.get(split, (split,)):
+        whole = [path for path in files if path.stem == name]
+        if found := whole or [
+            path for path in files if path.stem.startswith((f"{name}-", f"{name}_"))
+        ]:
+            return found
+    return []
+
+
 class JsonLines:
     """A file with a JSON object a line, in UTF-8; blank lines do not count."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         # Reads name their offset (pread), so that threads share no position. A memory map would
         # end the process where somebody shortens the file meanwhile.
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -151,7 +171,7 @@ class JsonLines:
         return os.pread(self._descriptor, stop - start, start)
 
     def __reduce__(self):
-        return JsonLines, (self._path,)
+        return JsonLines, (self.path,)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -160,7 +180,7 @@ class JsonLines:
         return _parse(self._read(*self._starts[index : index + 2].tolist()))
 
     def where(self, index: int) -> str:
-        return f"{self._path}:{self._numbers[index] + 1}"
+        return f"{self.path}:{self._numbers[index] + 1}"
 
 
 class ParquetRows:
@@ -174,14 +194,14 @@ class ParquetRows:
             raise ValueError(
                 f"{path} needs pyarrow, which is not installed: pip install 'phi3-jax[parquet]'"
             ) from error
-        self._path = path
+        self.path = path
         try:
             self._table = pyarrow.parquet.read_table(path)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
     def __reduce__(self):
-        return ParquetRows, (self._path,)
+        return ParquetRows, (self.path,)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -190,7 +210,7 @@ class ParquetRows:
         return self._table.slice(index, 1).to_pylist()[0]
 
     def where(self, index: int) -> str:
-        return f"{self._path} row {index}"
+        return f"{self.path} row {index}"
 
 
 class ArrayRecords:
@@ -202,9 +222,9 @@ class ArrayRecords:
         except ImportError as error:
             raise ValueError(
                 f"{path} needs array_record, which is not installed: "
-                "pip install 'phi3-jax[array_record]'"
+                "pip install 'phi3-jax[arrayrecord]'"
             ) from error
-        self._path = path
+        self.path = path
         try:
             self._source = array_record_data_source.ArrayRecordDataSource(str(path))
             self._length = len(self._source)
@@ -218,7 +238,7 @@ class ArrayRecords:
         return _parse(self._source[index])
 
     def where(self, index: int) -> str:
-        return f"{self._path} row {index}"
+        return f"{self.path} row {index}"
 
 
 _KINDS: dict[str, Callable[[Path], RecordFile]] = {

@@ -1,5 +1,6 @@
 """The state of a run: what is trained, what is not, and where each leaf lives."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from phi3_jax.sharding import abstract_params
 from train.config import ModelConfig, TrainConfig
 from train.lora import abstract_adapters, attach, init_adapters
 from train.optimizer import frozen_leaves, make_optimizer, make_schedule
+from train.peft_format import load_adapter
 from train.quantize import quantize_params
 
 Tree = dict[str, Any]
@@ -84,12 +86,17 @@ class Setup:
     def _abstract_state(self) -> TrainState:
         state = jax.eval_shape(self.new_state, self.trainable)
         whole: Any = lambda leaf: _placed(leaf, self.everywhere)  # noqa: E731
+        # Muon has two rules, each of which masks the other's leaves.
+        is_masked: Any = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
         opt_state = optax.tree.map_params(
             self.optimizer,
-            lambda leaf, param: _placed(leaf, _sharding_like(leaf, param)),
+            lambda leaf, param: (
+                leaf if is_masked(leaf) else _placed(leaf, _sharding_like(leaf, param))
+            ),
             state.opt_state,
             self.trainable,
             transform_non_params=whole,
+            is_leaf=is_masked,
         )
         return TrainState(
             step=whole(state.step),
@@ -98,6 +105,16 @@ class Setup:
             ema=None if state.ema is None else self.trainable,
             rng=whole(state.rng),
         )
+
+    def parameters(self) -> tuple[int, int]:
+        """How many are trained and how many are not, without the padding of the mesh."""
+        plain = self.model.clone(mesh=None)
+        own = {path: leaf.size for path, leaf in flatten_dict(abstract_params(plain)).items()}
+        if self.config.lora is not None:
+            adapters = jax.tree.leaves(abstract_adapters(plain, self.config.lora))
+            return sum(leaf.size for leaf in adapters), sum(own.values())
+        trained = sum(own[path] for path in flatten_dict(self.trainable))
+        return trained, sum(own.values()) - trained
 
     def new_state(self, params: Tree) -> TrainState:
         """The state before the first step."""
@@ -133,13 +150,28 @@ class Setup:
         if config.lora is not None:
             if config.lora.quantize is not None:
                 params = quantize_params(params, config.lora.quantize, self.model)
-            adapters = init_adapters(self.model, config.lora, config.seed) if trained else None
-            return self.start(adapters), params
+            return self.start(self._first_adapters() if trained else None), params
         own = flatten_dict(params)
         frozen = unflatten_dict({path: own.pop(path) for path in flatten_dict(self.frozen)})
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.frozen)
         frozen = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, dtypes)
         return self.start(unflatten_dict(own) if trained else None), frozen
+
+    def _first_adapters(self) -> Tree:
+        """New adapters, or those that the config names."""
+        lora: Any = self.config.lora
+        if lora.path is None:
+            return init_adapters(self.model, lora, self.config.seed)
+        saved, adapters = load_adapter(lora.path, self.model)
+        wanted = dataclasses.replace(lora, targets=tuple(sorted(lora.targets)))
+        found = dataclasses.replace(saved, targets=tuple(sorted(saved.targets)))
+        if different := [
+            f"{name} is {getattr(found, name)} there and {getattr(wanted, name)} in the config"
+            for name in ("rank", "alpha", "targets", "rslora")
+            if getattr(found, name) != getattr(wanted, name)
+        ]:
+            raise ValueError(f"lora.path {lora.path!r} is another adapter: {'; '.join(different)}")
+        return adapters
 
     def _load_on_host(self, source: Path, dtype: str) -> Tree | None:
         """The weights in the memory of the host, for those that are too large for a device until

@@ -143,3 +143,15 @@ def test_export_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
     assert status == 1 and error.startswith("error: ") and "--force" in error
     status, _, _ = run_command(monkeypatch, capsys, "export", runs / "full", out, "--force")
     assert status == 0
+
+
+def test_a_run_begins_from_an_adapter(runs, tmp_path, monkeypatch):
+    use_devices(monkeypatch)
+    export(runs / "lora", tmp_path / "adapter", adapter=True)
+    _, before = trained_params(runs / "lora")
+    still = dict(learning_rate=0.0, weight_decay=0.0)
+    lora = LORA | {"path": str(tmp_path / "adapter")}
+    result = train(small_run(runs, "more", lora=lora, optimizer=still, steps=1))
+    jax.tree.map(np.testing.assert_array_equal, result.state.params, before)
+    with pytest.raises(ValueError, match="rank is 3 there and 4 in the config"):
+        train(small_run(runs, "other", lora=lora | {"rank": 4}, steps=1))

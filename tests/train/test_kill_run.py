@@ -27,7 +27,7 @@ from train.loop import CHECKPOINTS
 from train.preemption import PREEMPTED_STATUS
 from train.state import Setup
 
-STEPS, DEVICES = 13, 2
+STEPS, DEVICES = 11, 2
 # Dropout draws from the run's rng, and the moving average is a second copy of the weights. Saves
 # and evaluations fall on the same steps and on others.
 SETTINGS = dict(
@@ -41,7 +41,7 @@ KINDS = {
     "full": dict(optimizer=dict(ema_decay=0.8, schedule="cosine", warmup_steps=3)),
     "lora": dict(lora=dict(rank=3, dropout=0.2), optimizer=dict(name="lion", ema_decay=0.8)),
 }
-KEPT = [5, 10, 12, 13]
+KEPT = [5, 10, 11]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ class Story:
         self.span = time.perf_counter() - begun
         self.expected = self.result(config)
         kinds = [line["kind"] for line in self.expected[0]]
-        assert kinds.count("train") == STEPS and kinds.count("valid") == 5
+        assert kinds.count("train") == STEPS and kinds.count("valid") == 4
 
     def config(self, name: str) -> TrainConfig:
         return small_run(self.place, f"{self.kind}-{name}", **SETTINGS, **KINDS[self.kind])
@@ -92,9 +92,10 @@ class Story:
 
         Returns how many came during a save.
         """
-        rng, hits, chain, moments = random.Random(seed), 0, 0, []
+        rng = random.Random(f"{number.name} {self.kind} {seed}")
+        hits, chain, moments = 0, 0, []
         config = self.config(f"{number.name}-0")
-        for _ in range(count):
+        while len(moments) < count:
             process = self.forks.start(config)
             begun = time.perf_counter()
             if rng.random() < 1 / 3:  # any moment from the start of the process to its end
@@ -106,17 +107,17 @@ class Story:
                     wait_for_save(process, config)
                 time.sleep(rng.random() * 0.02)
             {signal.SIGKILL: process.kill, signal.SIGTERM: process.terminate}[number]()
-            hits += bool(unfinished(config))
+            in_save = bool(unfinished(config))
             process.join()
-            moments.append((chain, process.exitcode, len(recorded(config.folder))))
             check(process.exitcode, config)
-            if process.exitcode == 0:
+            if process.exitcode == 0:  # it was faster
                 self.compare(config)
                 chain += 1
                 config = self.config(f"{number.name}-{chain}")
-        print(
-            f"{self.span:.1f} {self.kind}: {count} {number.name}, {hits} during a save; {moments}"
-        )
+            else:
+                hits += in_save
+                moments.append((chain, process.exitcode, len(recorded(config.folder))))
+        print(f"{self.kind}: {count} {number.name}, {hits} during a save; {moments}")
         self.finish(config)
         self.compare(config)
         return hits

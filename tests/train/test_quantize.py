@@ -12,10 +12,20 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from reference import config_values, hf_weights, on_mesh, params_of, tokens
+from train_runs import (
+    assert_equal_bits,
+    leaves_of,
+    small_run,
+    use_devices,
+    write_chat_model,
+    write_documents,
+)
 
 import phi3_jax as phi3
 from phi3_jax.sharding import init_params
 from train.config import TARGETS, LoraConfig
+from train.export import export
+from train.loop import train
 from train.lora import attach, init_adapters, merge
 from train.quantize import QuantizedWeight, quantize_params
 
@@ -214,3 +224,25 @@ def test_without_qwix(monkeypatch):
     model, params = model_and_params()
     with pytest.raises(ImportError, match=r"need qwix: pip install 'phi3-jax\[quant\]'"):
         quantize_params(params, "nf4", model)
+
+
+def test_a_run_on_quantised_weights_goes_on_and_hands_over(tmp_path, monkeypatch):
+    """Through the whole loop, 4-bit arrays included, from the memory of the host."""
+    use_devices(monkeypatch)
+    write_chat_model(tmp_path / "model")
+    write_documents(tmp_path / "data")
+    settings = dict(
+        lora=dict(rank=2, quantize="nf4"), optimizer=dict(schedule="constant", learning_rate=1e-2)
+    )
+    train(small_run(tmp_path, "parts", **settings, steps=2))
+    parts = train(small_run(tmp_path, "parts", **settings, steps=4))
+    straight = train(small_run(tmp_path, "straight", **settings, steps=4))
+    assert_equal_bits(leaves_of(parts.state.params), leaves_of(straight.state.params))
+    export(tmp_path / "parts", tmp_path / "out")
+    _, params = phi3.from_pretrained(tmp_path / "out")
+    _, before = phi3.from_pretrained(tmp_path / "model")
+    down = params["model"]["layers"]["mlp"]["down_proj"]["weight"]
+    change = np.asarray(down - before["model"]["layers"]["mlp"]["down_proj"]["weight"])
+    # What was added is the adapter, of rank 2; the rounding of 4 bits would have every rank.
+    singular = np.linalg.svd(change[0], compute_uv=False)
+    assert singular[1] > 0 and singular[2] < 1e-3 * singular[0]

@@ -3,14 +3,16 @@
 import json
 import pickle
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train import records as records_module
-from train.records import open_records
+from train.records import has_split, open_records
 
 
 def write_jsonl(path, values):
@@ -87,6 +89,31 @@ def test_files_of_a_split_follow_one_another(tmp_path, monkeypatch, ending):
             records[index]
 
 
+@pytest.mark.parametrize(
+    ("files", "split", "taken"),
+    [
+        (["train.jsonl", "train-1.jsonl", "train_small.jsonl"], "train", ["train.jsonl"]),
+        (["train_1.jsonl", "train-0.jsonl", "training.jsonl"], "train", ["train-0", "train_1"]),
+        (["train.old.jsonl", "train.txt", "train.jsonl.gz"], "train", []),
+        (["valid.jsonl", "val.jsonl"], "valid", ["valid.jsonl"]),
+        (["val.jsonl", "validate.jsonl"], "valid", ["val.jsonl"]),
+        (["validation-0.jsonl", "validation-1.jsonl"], "valid", ["validation-0", "validation-1"]),
+    ],
+)
+def test_a_split_is_its_file_or_its_parts(tmp_path, files, split, taken):
+    for name in files:
+        write_jsonl(tmp_path / name, [{"text": "a"}])
+    assert has_split(str(tmp_path), split) == bool(taken)
+    if taken:
+        found = [file.path.name for file in open_records(str(tmp_path), split).files]
+        assert [name.removesuffix(".jsonl") for name in found] == [
+            name.removesuffix(".jsonl") for name in taken
+        ]
+    else:
+        with pytest.raises(FileNotFoundError, match="in it"):
+            open_records(str(tmp_path), split)
+
+
 @pytest.mark.parametrize("ending", WRITERS)
 def test_any_thread_and_process_may_read(tmp_path, ending):
     values = [{"text": str(number) * (number % 37)} for number in range(200)]
@@ -128,7 +155,7 @@ def test_what_is_no_data_is_refused(tmp_path):
         open_records(str(tmp_path / "missing.jsonl"))
     with pytest.raises(FileNotFoundError, match="no match"):
         open_records(str(tmp_path / "fol*er"))
-    with pytest.raises(FileNotFoundError, match=r"no test\*\.jsonl.*in it: .*train.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no test or test-\*.*in it: .*train.jsonl"):
         open_records(str(tmp_path), "test")
     with pytest.raises(FileNotFoundError, match="in it: nothing"):
         open_records(str(tmp_path / "folder"), "train")
@@ -139,7 +166,7 @@ def test_what_is_no_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no records in .*empty\.jsonl"):
         open_records(str(tmp_path / "*.jsonl"))
     with pytest.raises(ValueError, match=r"several kinds \(\.jsonl, \.parquet\)"):
-        (tmp_path / "train-2.parquet").touch()
+        (tmp_path / "train.parquet").touch()
         open_records(str(tmp_path), "train")
     for name, library in (("valid.parquet", "pyarrow"), ("broken.arrayrecord", "array_record")):
         pytest.importorskip(library)
@@ -149,9 +176,11 @@ def test_what_is_no_data_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("ending", "module", "extra"),
-    [("parquet", "pyarrow", "parquet"), ("arrayrecord", "array_record.python", "array_record")],
+    [("parquet", "pyarrow", "parquet"), ("arrayrecord", "array_record.python", "arrayrecord")],
 )
 def test_a_missing_library_is_named(tmp_path, monkeypatch, ending, module, extra):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert extra in project["project"]["optional-dependencies"]
     (tmp_path / f"some.{ending}").touch()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"pip install 'phi3-jax\[{extra}\]'"):

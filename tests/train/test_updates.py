@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from train_runs import (
+    assert_equal_bits,
     leaves_of,
     losses,
     record_batches,
@@ -106,6 +107,30 @@ def test_a_batch_without_a_label_changes_no_weight(place, monkeypatch):
     assert (line["loss"], line["labels"], line["grad_norm"]) == (0, 0, 0)
     assert all(np.isfinite(leaf).all() for leaf in leaves_of(state).values())
     assert recorded(config.folder)[2]["loss"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimizers_go_on_as_if_never_stopped(place, monkeypatch, name):
+    """With statistics that are factored, and split between devices."""
+    use_devices(monkeypatch, 4)
+    model = place / "wide"
+    if not model.exists():
+        write_chat_model(model, hidden_size=144, intermediate_size=160)
+    settings = dict(
+        model=dict(path=str(model)),
+        optimizer=dict(name=name),
+        mesh=dict(fsdp=2, tensor=2),
+        steps=4,
+    )
+    whole = small_run(place, f"{name}-whole", **settings)
+    expected = run(whole)
+    config = small_run(place, f"{name}-stopped", **settings)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run(config)
+    assert_equal_bits(leaves_of(run(config).state), leaves_of(expected.state))
+    assert recorded(config.folder) == recorded(whole.folder)
 
 
 # ----- What is trained ----------------------------------------------------------------------------

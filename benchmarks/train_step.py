@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
 
 import phi3_jax as phi3
@@ -27,7 +28,7 @@ from train.config import load_config
 from train.lora import init_adapters
 from train.metrics import flops_per_token, memory_in_use, peak_flops
 from train.quantize import quantize_params
-from train.state import Setup
+from train.state import Setup, split
 from train.step import (
     BATCH_NAMES,
     lower_step,
@@ -91,15 +92,15 @@ def measure(setup: Setup, program: Any, steps: int) -> None:
     """Takes steps on random rows and prints how long they took."""
     params = init_params(setup.model)
     config = setup.config
-    state: Any
     if config.lora is None:
-        state, frozen = setup.start(params), {}
+        trained, frozen = split(params, set(flatten_dict(setup.frozen)))
     else:
-        state = setup.start(init_adapters(setup.model, config.lora))
-        frozen = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, setup.frozen)
-        if config.lora.quantize is not None:
-            frozen = quantize_params(frozen, config.lora.quantize, setup.model)
+        trained, frozen = init_adapters(setup.model, config.lora), params
     del params
+    state: Any = setup.start(trained)
+    frozen = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), frozen, setup.frozen)
+    if config.lora is not None and config.lora.quantize is not None:
+        frozen = quantize_params(frozen, config.lora.quantize, setup.model)
     rows = rows_held(setup)
     shape = (config.accumulate, len(rows), setup.tokens_per_row)
     rng = np.random.default_rng(0)

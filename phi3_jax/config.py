@@ -224,10 +224,15 @@ class Phi3Config:
         return {**head, **fields, **thaw(self.extra)}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` into a folder, which is made if it is not there."""
+        """Writes `config.json` into a folder, which is made if it is not there.
+
+        It has no `auto_map`: the model code that this names would not be in the folder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+        values = self.to_dict()
+        values.pop("auto_map", None)
+        text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,8 @@ from phi3_jax.config import CONFIG_FILE
 from phi3_jax.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 PARAMS_FOLDER = "params"
+# What PEFT tells a folder with an adapter by.
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 # What travels with the weights, unchanged, whichever format they are in.
 SIDE_FILES = (
@@ -110,23 +112,23 @@ def staged_folder(target: str | Path, force: bool = False) -> Generator[Path]:
     """A new folder to write into, which becomes `target` when the context ends without an error.
 
     Until then it is a hidden sibling that no loader accepts. Siblings that killed runs left are
-    removed first. With force an existing model folder is replaced, and is there until the new one
-    is whole.
+    removed first. With force an existing model or adapter folder is replaced, and is there until
+    the new one is whole.
 
     Raises:
       FileExistsError: where the target exists, without force.
-      ValueError: where the target exists and is not a model folder, with force.
+      ValueError: where the target exists and is no such folder, with force.
     """
     target = Path(target).expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(target)
-    _check_replaceable(target, force)
+    check_replaceable(target, force)
     stage, lock = _new_stage(target)
     with lock:
         try:
             yield stage
             flush(stage)
-            _check_replaceable(target, force)
+            check_replaceable(target, force)
             replaced = target.with_name(f".{target.name}{_REPLACED}{secrets.token_hex(4)}")
             if target.exists():
                 target.rename(replaced)
@@ -140,11 +142,19 @@ def staged_folder(target: str | Path, force: bool = False) -> Generator[Path]:
             raise
 
 
-def _check_replaceable(target: Path, force: bool) -> None:
+def check_replaceable(target: str | Path, force: bool) -> None:
+    """Refuses what `staged_folder` will not replace.
+
+    Raises:
+      FileExistsError, ValueError: as `staged_folder`.
+    """
+    target = Path(target).expanduser().resolve()
     if not target.exists():
         return
     if not force:
         raise FileExistsError(f"{str(target)!r} exists; replace it with force (--force)")
+    if (target / ADAPTER_CONFIG_FILE).is_file():
+        return
     try:
         folder_kind(target)
     except ValueError:

@@ -23,8 +23,8 @@ import phi3_jax as phi3
 import train.loop
 from train.cli import main
 from train.config import TrainConfig, from_dict
-from train.loop import CHECKPOINTS
 from train.metrics import METRICS_FILE, read_metrics
+from train.run_folder import CHECKPOINTS
 from train.state import EMBEDDED_MODEL
 
 SKILL = resources.files("configs") / "tiny_skill"

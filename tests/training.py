@@ -92,7 +92,7 @@ def step_by_step(
 ) -> Any:
     """The loss of each step; with state=True the last state, too."""
     setup = Setup(run, mesh_of_sizes(mesh_sizes), run.steps or len(batches))
-    state, frozen = setup.load(setup.source, trained=True)
+    state, frozen, _ = setup.load(setup.source, trained=True)
     assert state is not None
     if adapter is not None:
         from train.peft_format import load_adapter

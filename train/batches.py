@@ -19,6 +19,7 @@ import numpy as np
 import phi3_jax as phi3
 from phi3_jax.loss import IGNORED_LABEL
 from train.config import DataConfig
+from train.data_cache import DataCache
 from train.examples import Example, make_example
 from train.packing import Packing, best_fit, one_a_row
 from train.records import Records
@@ -46,6 +47,7 @@ class Batches:
       epochs: how often each document comes; None: without end.
       shuffle: a new order each epoch, else that of the data.
       progress: called now and then with the number of records read and that of all.
+      cache: what an earlier start has found in the same data, so that it is not read again.
 
     Attributes:
       documents: how many an epoch has.
@@ -72,11 +74,21 @@ class Batches:
         epochs: int | None,
         shuffle: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        cache: DataCache | None = None,
     ):
         self._records, self._tokenizer, self._data = records, tokenizer, data
         self._parts, self._rows_a_part = accumulate, batch_size // accumulate
         self._seed, self._shuffle = seed, shuffle
-        self._read(progress)
+        found = None if cache is None else cache.load()
+        self._unsaved = cache if found is None else None
+        self._found = self._read(progress) if found is None else found
+        self._lengths = self._found["lengths"]
+        self._record, self._start, self._stop = self._found["pieces"].T
+        self.dropped: list[int] = self._found["dropped"].tolist()
+        self.learnt_tokens = int(self._found["learnt_tokens"])
+        self.longest = int(self._lengths.max())
+        self.documents = len(np.unique(self._record))
+        self.tokens = int((self._stop - self._start).sum())
         self._packing = functools.lru_cache(maxsize=4)(self._pack)
         self._example = functools.lru_cache(maxsize=16)(self._make)
         self._ends = [0]  # of the epochs in the stream, as far as they were asked for
@@ -85,51 +97,65 @@ class Batches:
         self._last = None if epochs is None else self._end_of(epochs - 1)
         self.steps = None if self._last is None else -(-self._last // batch_size)
         sizes = (seed, shuffle, batch_size, data.sequence_length, data.packing)
-        self._hash.update(repr(sizes).encode())
-        self.fingerprint = self._hash.hexdigest()
+        told = f"{self._found['digest']} {sizes}"
+        self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     # --- Reading all, once -------------------------------------------------------------------
 
-    def _read(self, progress: Callable[[int, int], None] | None) -> None:
-        """Sets what is known of the documents; a piece is what lies in a row as one."""
+    def save_cache(self) -> None:
+        """Keeps what was found for the next start; the folder of the cache must be there."""
+        if self._unsaved is not None:
+            self._unsaved.save(self._found)
+            self._unsaved = None
+
+    def _read(self, progress: Callable[[int, int], None] | None) -> dict[str, np.ndarray]:
+        """What is known of the documents.
+
+        Returns:
+          lengths, of each record's document; pieces, int64 [n, 3], each what lies in a row as one:
+          record, start and stop; dropped; learnt_tokens; digest, of all ids and pieces.
+        """
         records, row = self._records, self._data.sequence_length
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._lengths = np.zeros(len(records), np.int64)
-        self.dropped: list[int] = []
-        self.learnt_tokens = 0
+        content = hashlib.blake2b(digest_size=16)
+        lengths = np.zeros(len(records), np.int64)
+        dropped: list[int] = []
+        learnt_tokens = 0
         bad: list[str] = []
         pieces = array.array("q")
         for index, example in enumerate(self._examples(progress)):
             if isinstance(example, ValueError):
                 bad.append(f"{records.where(index)}: {example}" if len(bad) < _NAMED else "")
                 continue
-            self._lengths[index] = length = len(example.ids)
-            self._hash.update(example.ids.tobytes() + example.learnt.tobytes())
+            lengths[index] = length = len(example.ids)
+            content.update(example.ids.tobytes() + example.learnt.tobytes())
             if length > row and self._data.long_documents == "drop":
-                self.dropped.append(index)
+                dropped.append(index)
                 continue
             for start in range(0, length, row):
                 # The first token of a piece is predicted by none.
                 if count := int(example.learnt[start + 1 : start + row].sum()):
                     pieces.extend((index, start, min(start + row, length)))
-                    self.learnt_tokens += count
+                    learnt_tokens += count
         if bad:
             more = f"\nand {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
             raise ValueError(
                 f"{len(bad)} of {len(records)} records cannot be learnt from; mend or remove them:"
                 "\n" + "\n".join(bad[:_NAMED]) + more
             )
-        self.longest = int(self._lengths.max())
         if not pieces:
             raise ValueError(
                 f"all {len(records)} documents are longer than data.sequence_length {row}, the "
-                f"longest has {self.longest} tokens; take longer rows, or "
+                f"longest has {lengths.max()} tokens; take longer rows, or "
                 "data.long_documents=split"
             )
-        self._hash.update(pieces)
-        self._record, self._start, self._stop = np.array(pieces, np.int64).reshape(-1, 3).T
-        self.documents = len(np.unique(self._record))
-        self.tokens = int((self._stop - self._start).sum())
+        content.update(pieces)
+        return {
+            "lengths": lengths,
+            "pieces": np.array(pieces, np.int64).reshape(-1, 3),
+            "dropped": np.array(dropped, np.int64),
+            "learnt_tokens": np.array(learnt_tokens),
+            "digest": np.array(content.hexdigest()),
+        }
 
     def _examples(
         self, progress: Callable[[int, int], None] | None
@@ -250,6 +276,7 @@ class Batches:
         row = self._data.sequence_length
         learnt, full = self.learnt_tokens / self.tokens, self.tokens / self.rows / row
         return [
+            *(f"from         {file.path}: {len(file):,} records" for file in self._records.files),
             f"documents    {self.documents:,}, the longest of {self.longest:,} tokens",
             f"dropped      {len(self.dropped):,}, longer than {row:,} tokens",
             f"tokens       {self.tokens:,}, of which {learnt:.1%} are learnt",

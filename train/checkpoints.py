@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as orbax
 
+from phi3_jax.processes import by_all
 from train.config import CheckpointConfig
 from train.state import TrainState
 
@@ -51,6 +54,24 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that whole checkpoints were taken after, in order."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def latest(self) -> int | None:
+        """The last step, or None; the same answer in every process.
+
+        Raises:
+          ValueError: in a process that does not see that checkpoint.
+        """
+        mine = self.steps
+        first = np.array(mine[-1] if mine else -1)
+        step = int(multihost_utils.broadcast_one_to_all(first))
+        with by_all():
+            if (step if step >= 0 else None) != (mine[-1] if mine else None):
+                raise ValueError(
+                    f"process {jax.process_index()} sees checkpoints of the steps {mine} in "
+                    f"{str(self.folder)!r}, process 0 has one of step {step}; is the file system "
+                    "late? Start again"
+                )
+        return None if step < 0 else step
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""

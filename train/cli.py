@@ -43,17 +43,27 @@ def _run(config: ConfigName, overrides: Overrides = None) -> None:
 @app.command("check")
 def _check(config: ConfigName, overrides: Overrides = None) -> None:
     """Read all data of a run, name every bad line, and say what a step will see."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
     from train.config import load_config
-    from train.loop import load_tokenizer, open_data
 
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     loaded = load_config(config, overrides or ())
+    import jax
+
+    import phi3_jax as phi3
+    from train.loop import load_tokenizer, open_data
+    from train.state import Setup
+
     _, tokenizer = load_tokenizer(loaded)
-    for name, data in zip(("train", "valid"), open_data(loaded, tokenizer), strict=True):
-        if data is not None:
-            print(f"{name}:")
-            for line in data.summary():
-                print(f"  {line}")
+    learnt, valid = open_data(loaded, tokenizer)
+    steps = loaded.steps or learnt.steps
+    assert steps is not None, "epochs have an end"
+    Setup(loaded, phi3.make_mesh(devices=jax.devices()[:1]), steps)  # refuses what `run` would
+    print("train:", *learnt.summary(), sep="\n  ")
+    if valid is None:
+        print("valid: none")
+    else:
+        print("valid:", *valid.summary(), sep="\n  ")
+    print(f"steps: {steps:,}, of {loaded.batch_size:,} rows each")
 
 
 @app.command("export")
@@ -67,7 +77,7 @@ def _export(
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights; by default as the run's model has them.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model or adapter.")] = False,
 ) -> None:
     """Write what a run has learnt as a Hugging Face folder."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -84,32 +94,46 @@ def _eval(
     answers: Annotated[
         bool, typer.Option("--answers", help="Also answer the questions, and compare exactly.")
     ] = False,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 2048,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a row; by default 2048, or as many as the model has.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of weights and compute.")] = "float32",
     step: Step = None,
 ) -> None:
     """Perplexity of a model on data; with --answers, how many questions it answers exactly."""
+    import phi3_jax as phi3
     from train.batches import Batches
     from train.config import DataConfig
-    from train.evaluate import exact_match, perplexity
-    from train.export import load_for_use
+    from train.evaluate import exact_match, perplexity, questions
+    from train.export import load_for_use, source_of
     from train.records import open_records
 
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}, must be at least 1")
+    source = source_of(model, dtype, step)
+    positions = phi3.phi3.Phi3Config.from_pretrained(source).max_position_embeddings
+    length = min(2048, positions) if sequence_length is None else sequence_length
+    if not 2 <= length <= positions:
+        raise ValueError(
+            f"--sequence-length is {length}, must be from 2 to the {positions} positions that the "
+            "model has (max_position_embeddings)"
+        )
     records = open_records(data, "test")
-    network, params, tokenizer = load_for_use(model, dtype, step)
-    settings = DataConfig(path=data, sequence_length=sequence_length)
+    settings = DataConfig(path=data, sequence_length=length, long_documents="split")
+    tokenizer = phi3.Tokenizer.from_pretrained(source)
     batches = Batches(records, tokenizer, settings, batch_size, 1, 0, 1, shuffle=False)
     assert batches.steps is not None, "an epoch has an end"
+    if answers:
+        questions(records[i] for i in range(len(records)))  # names what asks nothing, at once
+    network, params, tokenizer = load_for_use(model, dtype, step)
     rows = range(batch_size)
     found = perplexity(network, params, batches.iterate(0, batches.steps, rows))
     print(
         f"perplexity {found.perplexity:.4f}, loss {found.loss:.4f}, {found.tokens:,} tokens learnt"
     )
-    if batches.dropped:
-        print(
-            f"{len(batches.dropped):,} documents are longer than {sequence_length} tokens: left out"
-        )
+    if batches.longest > length:
+        print(f"documents are of up to {batches.longest:,} tokens: split into rows of {length:,}")
     if answers:
         match = exact_match(network, params, tokenizer, (records[i] for i in range(len(records))))
         share = match.right / match.asked
@@ -131,8 +155,19 @@ def main() -> None:
         if isinstance(error, ValueError) and not _is_ours(error):
             traceback.print_exception(error)
         hint = "; pip install 'phi3-jax[train]'" if _lacks_extra(error) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
+        _leave()
+
+
+def _leave() -> None:
+    """Ends with status 1. In a run of several processes at once: in leaving, JAX would wait minutes
+    for the others, who wait for this one.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(1)
+    sys.exit(1)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -80,7 +80,8 @@ class OptimizerConfig:
       clip_norm: the largest global norm of a gradient; None: any.
       ema_decay: also keep the moving average of the trained weights, and evaluate and export it.
       freeze: patterns (* and ?) of Hugging Face's weight names that are not trained, such as
-        "model.embed_tokens.*" or "model.layers.0.*".
+        "model.embed_tokens.*" or "model.layers.0.*". Where only some layers of a weight are, the
+        optimizer's state still has room for all of them.
     """
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"

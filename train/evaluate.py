@@ -137,6 +137,19 @@ def answers(
     return found
 
 
+def questions(records: Iterable[Mapping[str, Any]]) -> list[tuple[Messages, str]]:
+    """The conversation of each record up to its answer, and that.
+
+    Args:
+      records: each with "messages", the last one the assistant's, or "prompt" and "completion". A
+        value of None is as none.
+
+    Raises:
+      ValueError: for a record that asks nothing, by its number.
+    """
+    return [_question(number, record) for number, record in enumerate(records)]
+
+
 class WrongAnswer(NamedTuple):
     """A conversation, the answer that its record gives, and the model's."""
 
@@ -163,12 +176,12 @@ def exact_match(
 
     Args:
       model, params, tokenizer: as in `answers`.
-      records: each with "messages", the last one the assistant's, or "prompt" and "completion".
+      records: as in `questions`.
 
     Raises:
-      ValueError: for a record that asks nothing, by its number; and as `answers`.
+      ValueError: as `questions` and `answers`.
     """
-    asked = [_question(number, record) for number, record in enumerate(records)]
+    asked = questions(records)
     if not asked:
         return ExactMatch(0, 0, [])
     # A longer answer is wrong whatever it says; the one more is the token that ends it.
@@ -183,13 +196,13 @@ def exact_match(
 
 
 def _question(number: int, record: Mapping[str, Any]) -> tuple[Messages, str]:
-    """The conversation of a record, up to its answer; and that."""
-    if "prompt" in record and "completion" in record:
-        return [{"role": "user", "content": record["prompt"]}], record["completion"]
-    messages = record.get("messages") or [{}]
+    given = {key: value for key, value in record.items() if value is not None}
+    if "prompt" in given and "completion" in given:
+        return [{"role": "user", "content": given["prompt"]}], given["completion"]
+    messages = given.get("messages") or [{}]
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise ValueError(
             f"record {number} (from 0) has no question with an answer: it needs messages that end "
-            f"with the assistant's, or prompt and completion; its keys are {sorted(record)}"
+            f"with the assistant's, or prompt and completion; its keys are {sorted(given)}"
         )
     return messages[:-1], messages[-1]["content"]

@@ -12,14 +12,15 @@ import numpy as np
 
 import phi3_jax as phi3
 from phi3_jax.checkpoint import open_weights
-from phi3_jax.folder import copy_side_files, staged_folder
+from phi3_jax.folder import check_replaceable, copy_side_files, find_folder, staged_folder
+from phi3_jax.safetensors_files import DTYPES
 from phi3_jax.sharding import shard_params
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig, from_dict
-from train.loop import CHECKPOINTS, CONFIG_FILE
 from train.lora import merge
 from train.peft_format import save_adapter
-from train.state import Setup, Tree
+from train.run_folder import CHECKPOINTS, CONFIG_FILE
+from train.state import Setup, Tree, model_folder
 
 
 def run_config(run: str | Path) -> TrainConfig:
@@ -102,6 +103,24 @@ def _host() -> jax.Device:
         return jax.local_devices()[0]
 
 
+def source_of(path: str | Path, dtype: str, step: int | None = None) -> Path:
+    """The model folder behind what `load_for_use` is to load, when it has checked its arguments.
+
+    Raises:
+      FileNotFoundError: where there is no such folder.
+      ValueError: for another dtype, and for a step of what is no run.
+    """
+    _check_dtype(dtype)
+    if _is_run(path):
+        return model_folder(run_config(path).model)
+    if step is not None:
+        raise ValueError(
+            f"{str(path)!r} is not the folder of a run, and has no checkpoint of step {step}; "
+            "leave the step out"
+        )
+    return find_folder(path)
+
+
 def load_for_use(
     path: str | Path, dtype: str, step: int | None = None
 ) -> tuple[phi3.Phi3ForCausalLM, Tree, phi3.Tokenizer]:
@@ -113,18 +132,28 @@ def load_for_use(
       step: of a run's checkpoint; by default the last one.
 
     Raises:
-      FileNotFoundError, ValueError: as `run_config`, `trained_params` and `from_pretrained`.
+      FileNotFoundError, ValueError: as `source_of`, `trained_params` and `from_pretrained`.
     """
-    if not (Path(path).expanduser() / CHECKPOINTS).is_dir():
-        mesh = phi3.make_mesh() if jax.device_count() > 1 else None
-        model, params = phi3.from_pretrained(path, dtype=dtype, mesh=mesh)
-        return model, params, phi3.Tokenizer.from_pretrained(path)  # ty: ignore
-    setup, trained = trained_params(path, step)
-    kind = jnp.dtype(dtype)
+    source = source_of(path, dtype, step)
     mesh = phi3.make_mesh() if jax.device_count() > 1 else None
-    model = setup.model.clone(dtype=kind, param_dtype=kind, remat="none", mesh=mesh)
-    params = shard_params(model, merged_params(setup, trained, kind))
-    return model, params, phi3.Tokenizer.from_pretrained(setup.source)
+    if _is_run(path):
+        setup, trained = trained_params(path, step)
+        kind = jnp.dtype(dtype)
+        model = setup.model.clone(dtype=kind, param_dtype=kind, remat="none", mesh=mesh)
+        params = shard_params(model, merged_params(setup, trained, kind))
+    else:
+        model, params = phi3.from_pretrained(source, dtype=dtype, mesh=mesh)
+    return model, params, phi3.Tokenizer.from_pretrained(source)  # ty: ignore
+
+
+def _is_run(path: str | Path) -> bool:
+    return (Path(path).expanduser() / CHECKPOINTS).is_dir()
+
+
+def _check_dtype(dtype: str) -> None:
+    names = [known.name for known in DTYPES.values()]
+    if dtype not in names:
+        raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(names)}")
 
 
 def export(
@@ -143,20 +172,24 @@ def export(
       adapter: the LoRA adapters alone; else the whole model with its tokenizer, adapters merged.
       step: of the checkpoint; by default the last one.
       dtype: of the weights of a whole model; by default that of the model the run started from.
-      force: replace a model folder that is there.
+      force: replace a model or adapter folder that is there.
 
     Raises:
       FileNotFoundError: where there is no such run or checkpoint.
       FileExistsError: where the target exists, without force.
-      ValueError: for an adapter of a run that has none.
+      ValueError: for an adapter of a run that has none, for another dtype, and where the target is
+        neither a model nor an adapter, with force.
     """
+    lora = run_config(run).lora
+    if adapter and lora is None:
+        raise ValueError(f"{str(run)!r} trains the model's own weights: it has no adapter")
+    if dtype is not None:
+        _check_dtype(dtype)
+    check_replaceable(target, force)
     setup, trained = trained_params(run, step)
-    lora = setup.config.lora
-    if adapter:
-        if lora is None:
-            raise ValueError(f"{str(run)!r} trains the model's own weights: it has no adapter")
+    if adapter and lora is not None:
         base = setup.config.model.path or str(setup.source)
-        save_adapter(target, setup.model, trained, lora, base)
+        save_adapter(target, setup.model, trained, lora, base, force)
         return
     kind = _stored_dtype(setup) if dtype is None else jnp.dtype(dtype)
     params = merged_params(setup, trained, kind)

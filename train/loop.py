@@ -1,10 +1,9 @@
 """A fine-tuning run, from its config to its last checkpoint."""
 
 import contextlib
-import fcntl
-import json
 import math
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax as phi3
-from phi3_jax.processes import by_all
 from train.batches import Batches
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
+from train.data_cache import DataCache, cache_key
 from train.evaluate import answers, perplexity
 from train.metrics import Clock, Reporter, flops_per_token, memory_in_use, peak_flops
 from train.preemption import preemption
-from train.records import open_records
-from train.state import Setup, TrainState, fingerprint, model_folder
+from train.records import has_split, open_records
+from train.run_folder import CHECKPOINTS, check_same_run, own_folder, write_config
+from train.state import Setup, TrainState, model_folder
 from train.step import lower_step, model_tables, place_batch, rows_held, step_function
 
-CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.json"
-_LOCK = ".lock"
-
-# What a run may not change when it goes on; the data is compared by its fingerprint.
-_FIXED = ("optimizer", "lora", "batch_size", "seed")
+# Seconds between two lines about how much of the data is read.
+_TELL_EVERY = 5.0
 
 
 @dataclass(frozen=True)
@@ -75,16 +71,18 @@ def train(config: TrainConfig) -> TrainResult:
 
         # ----- Data ---------------------------------------------------------------------------
         source, tokenizer = load_tokenizer(config)
-        data, valid = open_data(config, tokenizer)
+        data, valid = open_data(config, tokenizer, folder)
         steps = config.steps if config.steps is not None else data.steps
         assert steps is not None, "epochs have an end"
         if config.steps is None:
             setup = Setup(config, mesh, steps)
 
         # ----- Run folder -----------------------------------------------------------------------
-        with by_all():
-            if jax.process_index() == 0:
-                stack.enter_context(_own_folder(folder))
+        stack.enter_context(own_folder(folder))
+        for checked in (data, valid):
+            if checked is not None:
+                checked.save_cache()
+        stop = stack.enter_context(preemption())
         report = Reporter(folder, steps, config.tensorboard)
         stack.callback(report.close)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -94,17 +92,17 @@ def train(config: TrainConfig) -> TrainResult:
         stack.callback(checkpoints.close)
 
         # ----- State: (1) the run's last checkpoint, (2) the model folder -----------------------
-        resumed = checkpoints.steps[-1] if checkpoints.steps else None
+        resumed = checkpoints.latest()
         report.banner("Model", *_model_lines(setup, source, resumed))
-        state, frozen = setup.load(source, trained=resumed is None)
+        state, frozen, frozen_bits = setup.load(source, trained=resumed is None)
         run = {
             "config": config.to_dict(),
             "model": setup.model.config.to_dict(),
             "data": data.fingerprint,
-            "frozen": fingerprint(frozen) if jax.tree.leaves(frozen) else None,
+            "frozen": frozen_bits,
         }
         if resumed is not None:
-            _check_same_run(checkpoints.run_values(resumed), run, folder)
+            check_same_run(checkpoints.run_values(resumed), run, folder)
             state = checkpoints.load(resumed, setup.abstract_state)
         assert state is not None
         done = start = int(state.step)
@@ -119,10 +117,7 @@ def train(config: TrainConfig) -> TrainResult:
         if done >= steps:
             report.say(f"This run has taken its {steps} steps; there is nothing left to do.")
             return TrainResult(done, False, checkpoints.path(done), state)
-        with by_all():
-            if jax.process_index() == 0:
-                text = json.dumps(config.to_dict(), indent=2) + "\n"
-                (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_config(folder, config)
 
         # ----- Compilation ----------------------------------------------------------------------
         clock = Clock()
@@ -137,7 +132,6 @@ def train(config: TrainConfig) -> TrainResult:
         # ----- The loop -------------------------------------------------------------------------
         flops = flops_per_token(setup.model.config, setup.tokens_per_row, config.lora)
         peak = peak_flops(mesh.devices.flat[0])
-        stop = stack.enter_context(preemption())
         batches = stack.enter_context(contextlib.closing(data.iterate(start, steps, rows)))
         profiler = stack.enter_context(_Profiler(config, folder))
         saved, waiting, preempted = start if resumed is not None else None, None, False
@@ -155,6 +149,9 @@ def train(config: TrainConfig) -> TrainResult:
             if bad:
                 _stop_at(step, {name: values[name] for name in bad}, saved, checkpoints)
 
+        if stop(start):
+            # Told so while it was loading and compiling: there is nothing new to save.
+            return TrainResult(start, True, checkpoints.path(start), state)
         clock.restart()
         for arrays in batches:
             profiler.before(done + 1)
@@ -194,72 +191,66 @@ def load_tokenizer(config: TrainConfig) -> tuple[Path, phi3.Tokenizer]:
     return source, phi3.Tokenizer.from_pretrained(source)
 
 
-def open_data(config: TrainConfig, tokenizer: phi3.Tokenizer) -> tuple[Batches, Batches | None]:
+def open_data(
+    config: TrainConfig, tokenizer: phi3.Tokenizer, cache_folder: Path | None = None
+) -> tuple[Batches, Batches | None]:
     """The checked data of a run: to learn, and to evaluate on where there is some.
 
+    Args:
+      config: of the run.
+      tokenizer: of its model.
+      cache_folder: where `Batches.save_cache` keeps what was found, for the next call to find.
+
     Raises:
-      ValueError: with all that is wrong in either.
+      ValueError, OSError: with all that is wrong in either.
     """
     data = config.data
-    learnt = Batches(
-        open_records(data.path, "train"),
-        tokenizer,
-        data,
-        config.batch_size,
-        config.accumulate,
-        config.seed,
-        config.epochs,
-    )
-    valid = None
-    if data.valid is not None or _has_valid(data.path):
-        records = open_records(data.path if data.valid is None else data.valid, "valid")
-        valid = Batches(
-            records, tokenizer, data, config.batch_size, config.accumulate, 0, 1, shuffle=False
-        )
-    return learnt, valid
-
-
-def _has_valid(path: str) -> bool:
-    folder = Path(path).expanduser()
-    return folder.is_dir() and any(folder.glob("valid*"))
-
-
-@contextlib.contextmanager
-def _own_folder(folder: Path) -> Generator[None]:
-    """Makes the folder of a run, and keeps a second run from writing into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
+    sources = [("train", data.path, config.seed, config.epochs)]
+    if data.valid is not None or has_split(data.path, "valid"):
+        sources.append(("valid", data.valid or data.path, 0, 1))
+    found: list[Batches] = []
+    errors: list[ValueError | OSError] = []
+    for split, path, seed, epochs in sources:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run is writing into {str(folder)!r}; wait for its end, or choose another "
-                "folder (folder=...)"
-            ) from None
-        yield
+            records, cache = open_records(path, split), None
+            if cache_folder is not None:
+                files = (file.path for file in records.files)
+                key = cache_key(files, data, model_folder(config.model))
+                cache = DataCache(cache_folder / f"data-{split}.npz", key)
+            batches = Batches(
+                records,
+                tokenizer,
+                data,
+                config.batch_size,
+                config.accumulate,
+                seed,
+                epochs,
+                shuffle=split == "train",
+                progress=_reading(path),
+                cache=cache,
+            )
+            found.append(batches)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ValueError("\n".join(map(str, errors)))
+    if errors:
+        raise errors[0]
+    learnt, *valid = found
+    return learnt, valid[0] if valid else None
 
 
-def _check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
-    """Refuses to go on with other settings, data or weights than the run began with."""
-    then, now = saved["config"], json.loads(json.dumps(run["config"]))
-    changed = [
-        f"{name} was {then[name]}, is {now[name]}" for name in _FIXED if then[name] != now[name]
-    ]
-    model = json.loads(json.dumps(run["model"]))
-    changed += [
-        f"the model's {name} was {value}, is {model.get(name)}"
-        for name, value in saved["model"].items()
-        if model.get(name) != value
-    ]
-    if saved["data"] != run["data"]:
-        changed.append("the data (its documents, their order or their tokens) is another one")
-    if saved["frozen"] != run["frozen"]:
-        changed.append("the weights of the model that are not trained are others")
-    if changed:
-        raise ValueError(
-            f"{str(folder)!r} holds another run: {'; '.join(changed)}; set that back to go on with "
-            "it, or choose another folder (folder=...)"
-        )
+def _reading(path: str) -> Callable[[int, int], None]:
+    """Tells how much of the data is read, where that takes long."""
+    last = time.monotonic()
+
+    def progress(read: int, records: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TELL_EVERY and jax.process_index() == 0:
+            last = time.monotonic()
+            print(f"{path}: read {read:,} of {records:,} records", flush=True)
+
+    return progress
 
 
 def _stop_at(step: int, bad: dict[str, float], saved: int | None, checkpoints: Checkpoints) -> None:
@@ -310,7 +301,8 @@ class _Profiler:
 
     def __init__(self, config: TrainConfig, folder: Path):
         self._first, self._last = config.profile or (0, 0)
-        self._folder = folder / "profile"
+        # JAX names a profile by its host, which several processes may share.
+        self._folder = folder / "profile" / str(jax.process_index())
         self._running = False
 
     def __enter__(self) -> "_Profiler":

@@ -1,5 +1,6 @@
 """What a run says about itself: lines for people, JSON lines, and TensorBoard."""
 
+import importlib.util
 import json
 import math
 import os
@@ -34,6 +35,8 @@ _PEAK_TFLOPS = {
     "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
+    "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "T4": 65,
 }
@@ -102,21 +105,22 @@ class Reporter:
         self._steps = steps
         self._file: Any = None
         self._events: Any = None
-        if tensorboard and self._writes:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    "tensorboard=true needs tensorboardX: pip install 'phi3-jax[tensorboard]'"
-                ) from None
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+        self._tensorboard = folder / "tensorboard" if tensorboard else None
+        if tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise ValueError(
+                "tensorboard=true needs tensorboardX: pip install 'phi3-jax[tensorboard]'"
+            )
 
     def begin(self, step: int) -> None:
-        """Forgets what was written about steps after this one, and opens the file."""
+        """Forgets what was written about steps after this one, and opens the files."""
         if not self._writes:
             return
         cut_metrics(self._path, step)
         self._file = open(self._path, "a", encoding="utf-8")
+        if self._tensorboard is not None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self._tensorboard), purge_step=step + 1)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether that of a step has been written; the same answer in every process."""
@@ -137,12 +141,14 @@ class Reporter:
     def step(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """One line about a step, and its values into the files."""
         self._write("train", step, values)
-        mfu = values.get("mfu")
+        mfu, memory = values.get("mfu"), values.get("memory_gib")
         self.say(
             f"step {step:{self._width}}/{self._steps}  loss {values['loss']:.4f}  "
-            f"grad {values['grad_norm']:.3g}  lr {values['learning_rate']:.3g}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s"
+            f"lr {values['learning_rate']:.2e}  norms: grad {values['grad_norm']:.2e} "
+            f"update {values['update_norm']:.2e} param {values['param_norm']:.4g}  "
+            f"{values['tokens']:,} tokens, {values['tokens_per_second']:,.0f}/s"
             + ("" if mfu is None else f"  MFU {mfu:.1%}")
+            + ("" if memory is None else f"  {memory:.2f} GiB")
         )
 
     def evaluation(self, step: int, values: Mapping[str, float | int]) -> None:
@@ -167,8 +173,9 @@ class Reporter:
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._file is not None:
-            line = {"kind": kind, "step": step, **values}
-            self._file.write(json.dumps(line) + "\n")
+            # JSON has no NaN; what was one is null.
+            fine = {n: v if v is None or math.isfinite(v) else None for n, v in values.items()}
+            self._file.write(json.dumps({"kind": kind, "step": step, **fine}) + "\n")
             self._file.flush()
         if self._events is not None:
             for name, value in values.items():

@@ -65,6 +65,9 @@ def make_optimizer(
     Adam's has (0.2, arXiv:2502.16982), so that one learning rate suits both. Its
     Adam has Nesterov momentum, too.
 
+    Adafactor's statistics are factored where two axes of a leaf have at least 128 (of Phi-3, all
+    but qkv_proj and o_proj), and its means go over the layers that a leaf stacks.
+
     Args:
       config: the settings.
       schedule: from `make_schedule`.
@@ -102,10 +105,9 @@ def make_optimizer(
         )
     rule = [*rules[config.name](), optax.scale_by_learning_rate(schedule)]
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    # Before the clipping, so that what is not trained has no part in the norm, and after the
-    # decay, which would move it.
-    keep = [_keep_layers(kept_layers)] if kept_layers else []
-    return optax.chain(*keep, *clip, *rule, *keep)
+    # After the decay, which would move what is not trained.
+    keep = [] if not kept_layers else [optax.stateless(lambda x, _: keep_layers(x, kept_layers))]
+    return optax.chain(*clip, *rule, *keep)
 
 
 def _decayed(params: Any) -> Any:
@@ -140,15 +142,13 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def _keep_layers(kept: Mapping[LeafPath, np.ndarray]) -> optax.GradientTransformation:
-    def update(updates, params=None):
-        flat = flatten_dict(updates)
-        for path, layers in kept.items():
-            shape = (-1, *(1,) * (flat[path].ndim - 1))
-            flat[path] = jnp.where(layers.reshape(shape), flat[path], 0)
-        return unflatten_dict(flat)
-
-    return optax.stateless(update)
+def keep_layers(tree: Any, kept: Mapping[LeafPath, np.ndarray]) -> Any:
+    """Gradients or updates, zero in the layers that are not trained."""
+    flat = flatten_dict(tree)
+    for path, layers in kept.items():
+        shape = (-1, *(1,) * (flat[path].ndim - 1))
+        flat[path] = jnp.where(layers.reshape(shape), flat[path], 0)
+    return unflatten_dict(flat)
 
 
 def frozen_leaves(

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.folder import ADAPTER_CONFIG_FILE as CONFIG_FILE
 from phi3_jax.hf_format import LeafPath, Weight, WeightTable, raise_problems
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.processes import by_all, staged_by_all
@@ -25,7 +26,6 @@ from phi3_jax.safetensors_files import DTYPES
 from train.config import TARGETS, LoraConfig
 from train.lora import abstract_adapters, check_lora
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Fields of PEFT's config that any adapter may have: read here, said by the tensors themselves, of
@@ -39,6 +39,12 @@ _NO_MATTER = {
 # Beginnings that leave the model's own weights as they are; the others (pissa, olora, loftq, ...)
 # change them.
 _BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+# What numbers and flags may be, beside r.
+_KINDS = {
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float, type(None)),
+    "use_rslora": (bool, type(None)),
+}
 
 
 class AdapterTable(WeightTable):
@@ -73,6 +79,7 @@ def save_adapter(
     adapters: Mapping[str, Any],
     lora: LoraConfig,
     base_model: str,
+    force: bool = False,
 ) -> None:
     """Writes adapters as PEFT does, for `peft.PeftModel.from_pretrained`.
 
@@ -85,14 +92,13 @@ def save_adapter(
       adapters: float32, from `init_adapters`; they are saved as float32, without padding.
       lora: their settings.
       base_model: the path or hub id of the model that they belong to, as PEFT is to find it.
+      force: replace a model or adapter folder that is already there.
 
     Raises:
-      FileExistsError: where the folder exists.
+      FileExistsError: where the folder exists, without force.
       ValueError: where the adapters are not those of the model and the settings.
       RuntimeError: in the processes that did not fail, where another one did.
     """
-    if Path(folder).expanduser().exists():
-        raise FileExistsError(f"{str(folder)!r} exists; remove it, or choose another name")
     leaves = flatten_dict(adapters)
     wanted = flatten_dict(abstract_adapters(model, lora))
     if {path: leaf.shape for path, leaf in leaves.items()} != {
@@ -129,7 +135,7 @@ def save_adapter(
         "use_dora": False,
         "use_rslora": lora.rslora,
     }
-    with staged_by_all(folder) as stage, by_all():
+    with staged_by_all(folder, force) as stage, by_all():
         if jax.process_index() == 0:
             text = json.dumps(values, indent=2) + "\n"
             (stage / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -166,9 +172,9 @@ def load_adapter(folder: str | Path, model: Phi3ForCausalLM) -> tuple[LoraConfig
     lora = LoraConfig(
         rank=values["r"],
         alpha=values["lora_alpha"],
-        dropout=values.get("lora_dropout", 0.0),
+        dropout=values.get("lora_dropout") or 0.0,
         targets=targets,
-        rslora=values.get("use_rslora", False),
+        rslora=bool(values.get("use_rslora")),
     )
     table = AdapterTable(model.config, targets, lora.rank)
     raise_problems(what, _differences(table, tensors))
@@ -192,12 +198,14 @@ def _unknown_settings(values: Any) -> list[str]:
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind != "LORA":
         return [f"{CONFIG_FILE}: peft_type is {kind!r}, must be 'LORA'"]
-    lines = [
-        f"{name} is {values.get(name)!r}, must be a number"
-        for name, kind in (("r", int), ("lora_alpha", int | float))
-        if not isinstance(values.get(name), kind)
-    ]
-    if values.get("bias", "none") != "none":
+    lines = []
+    if type(values.get("r")) is not int or values["r"] < 1:
+        lines.append(f"r is {values.get('r')!r}, must be an int of at least 1")
+    for name, kinds in _KINDS.items():
+        if type(values.get(name)) not in kinds:
+            known = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            lines.append(f"{name} is {values.get(name)!r}, must be {known}")
+    if (values.get("bias") or "none") != "none":
         lines.append(f"bias is {values['bias']!r}; biases have no place in this model")
     if values.get("init_lora_weights", True) not in _BEGINNINGS:
         lines.append(
@@ -215,6 +223,11 @@ def _unknown_settings(values: Any) -> list[str]:
 def _differences(table: AdapterTable, tensors: Mapping[str, np.ndarray]) -> list[str]:
     """One line for everything in which the tensors are not those of the table."""
     expected = {table.hf_name(path, layer): table.hf_shape(path) for path, layer in table.parts}
+    ranks = {tensors[n].shape[:1] for n in expected.keys() & tensors.keys() if ".lora_A." in n}
+    rank = table.sizes["r"]
+    if len(ranks) == 1 and ranks != {(rank,)}:
+        # Said of every tensor, this would hide what else there is.
+        return [f"r is {rank} in {CONFIG_FILE}, but the tensors have rank {ranks.pop()[0]}"]
     lines = []
     for name, shape in expected.items():
         if name not in tensors:

@@ -1,4 +1,7 @@
-"""Being told to stop: SIGTERM (or Ctrl-C) ends a run after a step, with a checkpoint."""
+"""Being told to stop: SIGTERM ends a run after a step, with a checkpoint.
+
+So does Ctrl-C in a run of one process.
+"""
 
 import contextlib
 import signal

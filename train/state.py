@@ -78,6 +78,8 @@ class Setup:
             whole, kept_layers = frozen_leaves(self.model.config, config.optimizer.freeze)
             self.trainable, frozen = split(own, whole)
             self.frozen = _with_dtype(frozen, config.model.frozen_dtype)
+        self._check_padding()
+        self.kept_layers = kept_layers
         self.schedule = make_schedule(config.optimizer, steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule, kept_layers)
         self.everywhere = NamedSharding(mesh, PartitionSpec())
@@ -106,6 +108,24 @@ class Setup:
             rng=whole(state.rng),
         )
 
+    def _check_padding(self) -> None:
+        """Muon and adafactor take means over whole weights, in which padding would count."""
+        if self.config.optimizer.name not in ("muon", "adafactor"):
+            return
+        plain = self.model.clone(mesh=None)
+        if self.config.lora is None:
+            shapes = flatten_dict(abstract_params(plain))
+        else:
+            shapes = flatten_dict(abstract_adapters(plain, self.config.lora))
+        for path, leaf in flatten_dict(self.trainable).items():
+            if leaf.shape != shapes[path].shape:
+                raise ValueError(
+                    f"optimizer.name={self.config.optimizer.name} cannot be used on this mesh: "
+                    f"{'.'.join(path)} of shape {shapes[path].shape} is padded to {leaf.shape}, "
+                    "and its update takes means over all of it; choose mesh.tensor and "
+                    "mesh.sequence that divide the model's heads, mlp and vocabulary, or adamw"
+                )
+
     def parameters(self) -> tuple[int, int]:
         """How many are trained and how many are not, without the padding of the mesh."""
         plain = self.model.clone(mesh=None)
@@ -127,35 +147,46 @@ class Setup:
             rng=jax.random.key_data(jax.random.key(self.config.seed)),
         )
 
-    def load(self, source: Path, trained: bool) -> tuple[TrainState | None, Tree]:
-        """The state that a run begins with, and the leaves that are not trained.
+    def load(self, source: Path, trained: bool) -> tuple[TrainState | None, Tree, int | None]:
+        """The state that a run begins with, the leaves that are not trained, and a number.
 
         Args:
           source: the model folder.
           trained: whether the trained leaves are wanted; without, they come from a checkpoint.
 
+        Returns:
+          The state or None; the leaves, under QLoRA quantised; and a number that changes with
+          their bits, the same on every mesh, or None where there are none.
+
         Raises:
           ValueError: where weights are NaN or infinite, with their names.
         """
-        config = self.config
-        params: Tree | None = {}
-        if trained or jax.tree.leaves(self.frozen):
-            # Under LoRA all weights are frozen ones, and no float32 copy of them is needed.
-            dtype = "float32" if config.lora is None else config.model.frozen_dtype
-            quantizes = config.lora is not None and config.lora.quantize is not None
-            params = self._load_on_host(source, dtype) if quantizes else None
-            if params is None:
-                _, params = phi3.from_pretrained(source, dtype=dtype, mesh=self.mesh)
-            check_finite(params, str(source))
-        if config.lora is not None:
-            if config.lora.quantize is not None:
-                params = quantize_params(params, config.lora.quantize, self.model)
-            return self.start(self._first_adapters() if trained else None), params
+        config, lora = self.config, self.config.lora
+        if not trained and not jax.tree.leaves(self.frozen):
+            return None, {}, None
+        # Under LoRA all weights are frozen ones, and no float32 copy of them is needed.
+        dtype = "float32" if lora is None else config.model.frozen_dtype
+        quantizes = lora is not None and lora.quantize is not None
+        params = self._load_on_host(source, dtype) if quantizes else None
+        if params is None:
+            _, params = phi3.from_pretrained(source, dtype=dtype, mesh=self.mesh)
+        check_finite(params, str(source))
+        if lora is not None:
+            bits = fingerprint(params)
+            if lora.quantize is not None:
+                params = quantize_params(params, lora.quantize, self.model)
+            return self.start(self._first_adapters() if trained else None), params, bits
         own = flatten_dict(params)
-        frozen = unflatten_dict({path: own.pop(path) for path in flatten_dict(self.frozen)})
-        dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.frozen)
-        frozen = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, dtypes)
-        return self.start(unflatten_dict(own) if trained else None), frozen
+        del params
+        frozen: dict[Any, jax.Array] = {}
+        for path, leaf in flatten_dict(self.frozen).items():
+            frozen[path] = own.pop(path).astype(leaf.dtype)
+        bits = fingerprint(unflatten_dict(frozen)) if frozen else None
+        return (
+            self.start(unflatten_dict(own) if trained else None),
+            unflatten_dict(frozen),
+            bits,
+        )
 
     def _first_adapters(self) -> Tree:
         """New adapters, or those that the config names."""
@@ -256,10 +287,8 @@ def fingerprint(params: Tree) -> int:
     """A number that changes with the bits of the weights, the same on every mesh."""
 
     def bits(leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            unsigned = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-            leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
-        return jnp.sum(leaf.astype(jnp.uint32))
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
 
     def total(leaves: list[jax.Array]) -> jax.Array:
         return sum(

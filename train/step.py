@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from phi3_jax.loss import IGNORED_LABEL
 from phi3_jax.rope import RopeTables, rope_tables
 from phi3_jax.sharding import axis_size, named_sharding, replicate
+from train.optimizer import keep_layers
 from train.state import Setup, TrainState, Tree
 
 Batch = dict[str, jax.Array]
@@ -141,6 +142,8 @@ def _step(
     else:
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         (loss, gradients), _ = jax.lax.scan(lambda sums, xs: (add(sums, xs), None), zeros, numbered)
+    # Layers that are not trained have no part in the norm, nor in what is clipped by it.
+    gradients = keep_layers(gradients, setup.kept_layers)
     updates, opt_state = setup.optimizer.update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     ema, decay = state.ema, setup.config.optimizer.ema_decay

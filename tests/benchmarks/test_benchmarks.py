@@ -6,11 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from reference import config_values
+from train_runs import small_run, write_chat_model, write_page
 
 import phi3_jax as phi3
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(optimizer=dict(freeze=["model.embed_tokens.*"])), dict(lora=dict(rank=2))],
+    ids=["frozen", "lora"],
+)
+def test_train_step(changes, tmp_path, monkeypatch, capsys):
+    write_chat_model(tmp_path / "model")
+    page = write_page(small_run(tmp_path, **changes))
+    monkeypatch.setattr(sys, "argv", ["train_step", str(page), "--steps", "1"])
+    runpy.run_path(str(ROOT / "benchmarks" / "train_step.py"), run_name="__main__")
+    assert "s a step (median of 1)" in capsys.readouterr().out
 
 
 def test_make_checkpoint_and_convert(tmp_path, monkeypatch):

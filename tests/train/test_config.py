@@ -79,11 +79,78 @@ def test_steps_make_room_for_epochs(page):
         ("batch_size=0", "at least 1"),
         ("data.sequence_length=1", "at least 2"),
         ("checkpoint.every=0", "checkpoint.every is 0"),
+        ("evaluation.sample_tokens=0", "evaluation.sample_tokens is 0"),
+        ("model.dtype=float31", "did you mean 'float32'"),
+        ("model.frozen_dtype=int8", "model.frozen_dtype is 'int8'; it is one of"),
+        ("optimizer.learning_rate=nan", "learning_rate is nan, must be finite"),
+        ("optimizer.learning_rate=inf", "learning_rate is inf, must be finite"),
+        ("optimizer.learning_rate=-1", "learning_rate is -1.0, must be finite and at least 0"),
+        ("optimizer.weight_decay=-0.1", "weight_decay is -0.1"),
+        ("optimizer.b1=1", "optimizer.b1 is 1.0, must be at least 0 and less than 1"),
+        ("optimizer.b2=-0.5", "optimizer.b2 is -0.5"),
+        ("optimizer.eps=0", "optimizer.eps is 0.0, must be more than 0"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm is 0.0"),
+        ("optimizer.final_fraction=1.1", "optimizer.final_fraction is 1.1, must be from 0 to 1"),
+        ("optimizer.ema_decay=1", "optimizer.ema_decay is 1.0"),
+        ("seed=-1", "seed is -1"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808"),
+        ("profile=0,3", "profile is"),
+        ("profile=5,3", "profile is"),
+        ("profile=[1, 2, 3]", "takes 2 values"),
+        ("profile=[1, true]", "profile is True, must be a whole number"),
+        ("evaluation.samples=[one, two]", "begins as a JSON list and is none"),
+        ("evaluation.samples=[1]", "evaluation.samples is 1, must be a text"),
     ],
 )
 def test_what_cannot_be_is_named(page, change, words):
     with pytest.raises(ValueError, match=words.replace(".", r"\.")):
         load_config(page, [change])
+
+
+def test_a_json_list_may_have_commas_in_its_values(page):
+    config = load_config(page, ['evaluation.samples=["Red, or blue?", "Who?"]', "profile=[2,2]"])
+    assert config.evaluation.samples == ("Red, or blue?", "Who?")
+    assert config.profile == (2, 2)
+    assert load_config(page, ["evaluation.samples=[]"]).evaluation.samples == ()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("", {"steps": "3"}, "steps is '3', must be a whole number"),
+        ("", {"steps": 3.0}, "steps is 3.0, must be a whole number"),
+        ("", {"steps": True}, "steps is True, must be a whole number"),
+        ("", {"batch_size": None}, "batch_size is None, must be a whole number"),
+        ("", {"tensorboard": 1}, "tensorboard is 1, must be true or false"),
+        ("", {"profile": 3}, "profile is 3, must be a tuple"),
+        ("", {"mesh": 3}, r"mesh is 3, must be a section \(MeshConfig\)"),
+        ("", {"lora": {"alpha": "2"}}, "lora.alpha is '2', must be a number"),
+        ("data", {"long_documents": "dorp"}, "long_documents is 'dorp' .did you mean 'drop'"),
+        ("model", {"path": 3}, "model.path is 3, must be a text"),
+        ("optimizer", {"freeze": "model.norm.*"}, "freeze is 'model.norm.*', must be a tuple"),
+        ("optimizer", {"freeze": ["model.norm.*", 3]}, "freeze is 3, must be a text"),
+    ],
+)
+def test_values_of_another_type_are_named(page, tmp_path, section, values, words):
+    """Whether they come from JSON or from a page."""
+    config = load_config(page).to_dict()
+    (config[section] if section else config).update(values)
+    with pytest.raises(ValueError, match=words):
+        from_dict(json.loads(json.dumps(config)))
+    if not section and "lora" not in values:
+        (tmp_path / "wrong.py").write_text(
+            PAGE.replace("steps=3", f"**{ ({'steps': 3} | values)!r}")
+        )
+        with pytest.raises(ValueError, match=words):
+            load_config(str(tmp_path / "wrong.py"))
+
+
+def test_whole_numbers_are_numbers(page):
+    values = load_config(page).to_dict()
+    values["optimizer"] |= {"learning_rate": 1, "clip_norm": None, "freeze": ["model.norm.*"]}
+    config = from_dict(values)
+    assert config.optimizer.learning_rate == 1 and config.optimizer.clip_norm is None
+    assert config.optimizer.freeze == ("model.norm.*",)
 
 
 def test_lora_and_frozen_weights_exclude_each_other(page):

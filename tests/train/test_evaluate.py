@@ -11,7 +11,7 @@ from reference import config_values, hf_weights, on_mesh, params_of, tokens
 import phi3_jax as phi3
 from phi3_jax.generation.decoding import decode_loop, prefill
 from phi3_jax.loss import IGNORED_LABEL
-from train.evaluate import answers, exact_match, perplexity, summed_loss
+from train.evaluate import answers, exact_match, perplexity, questions, summed_loss
 from train.tiny_demo.tasks import held_out_chats
 
 FOLDER = resources.files("phi3_jax") / "tiny_demo"
@@ -156,11 +156,23 @@ def test_exact_match_counts_and_shows_what_is_wrong(demo):
     assert exact_match(*demo, []) == (0, 0, [])
 
 
+def test_null_is_none_in_a_record():
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    as_columns = [
+        {"messages": chat, "prompt": None, "completion": None},
+        {"messages": None, "prompt": "Hi", "completion": "Hello"},
+        {"messages": chat, "prompt": "a column that is not of it", "completion": None},
+    ]
+    assert questions(as_columns) == [(chat[:1], "Hello")] * 3
+
+
 @pytest.mark.parametrize(
     "record",
     [
         {"text": "Once upon a time"},
         {"prompt": "Hello"},
+        {"prompt": "Hello", "completion": None},
+        {"prompt": None, "completion": None, "messages": None},
         {"messages": []},
         {"messages": [{"role": "assistant", "content": "Hello"}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},

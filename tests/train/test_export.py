@@ -1,6 +1,7 @@
 """What a run hands over, and how it is looked at: export, eval, check on the command line."""
 
 import json
+import re
 import sys
 
 import jax
@@ -23,6 +24,10 @@ def runs(tmp_path_factory):
     """A full run, one with a moving average and frozen weights, and a LoRA run."""
     parent = tmp_path_factory.mktemp("runs")
     write_chat_model(parent / "model", num_key_value_heads=3)
+    # As Microsoft's folders say, with the files that it names or without.
+    file = parent / "model" / "config.json"
+    auto_map = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": auto_map}))
     write_documents(parent / "data")
     (parent / "data" / "valid.jsonl").rename(parent / "data" / "test.jsonl")
     with pytest.MonkeyPatch.context() as patch:
@@ -55,6 +60,13 @@ def test_an_exported_folder_is_the_model_that_was_trained(runs, name, tmp_path):
     assert saved.num_key_value_heads == 3
 
 
+def test_an_exported_config_names_no_code_that_is_not_there(runs, tmp_path):
+    assert "auto_map" in phi3.Phi3Config.from_pretrained(runs / "model").extra
+    export(runs / "full", tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in values and values["model_type"] == "phi3"
+
+
 def test_what_is_frozen_is_exported_as_it_was(runs, tmp_path):
     export(runs / "average", tmp_path / "out")
     before, after = tensors_in(runs / "model"), tensors_in(tmp_path / "out")
@@ -84,6 +96,20 @@ def test_an_adapter_is_handed_over_as_peft_has_it(runs, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_an_adapter_is_replaced_with_force(runs, tmp_path):
+    target = tmp_path / "adapter"
+    export(runs / "lora", target, adapter=True)
+    weights = (target / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="replace it with force"):
+        export(runs / "lora", target, adapter=True, step=2)
+    export(runs / "lora", target, adapter=True, step=2, force=True)
+    assert (target / "adapter_model.safetensors").read_bytes() != weights
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "home").mkdir()
+    with pytest.raises(ValueError, match="not a model folder, so it is not replaced"):
+        export(runs / "lora", tmp_path / "home", adapter=True, force=True)
+
+
 def test_an_earlier_checkpoint_can_be_exported(runs, tmp_path):
     export(runs / "full", tmp_path / "two", step=2)
     export(runs / "full", tmp_path / "four")
@@ -97,8 +123,35 @@ def test_a_folder_that_is_no_run_and_a_target_that_is_there(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         export(runs / "model", tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError):
-        export(runs / "full", tmp_path / "out")
+    for adapter in (False, True):
+        with pytest.raises(FileExistsError):
+            export(runs / "lora", tmp_path / "out", adapter)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(*arguments, **settings):
+        raise AssertionError("weights are loaded before what was asked for is checked")
+
+    monkeypatch.setattr(phi3, "from_pretrained", load)
+    monkeypatch.setattr("train.checkpoints.Checkpoints.load_part", load)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float99", "int8", "float"])
+def test_dtypes_are_checked_first(runs, dtype, tmp_path, monkeypatch, capsys, nothing_is_loaded):
+    words = f"error: dtype is '{dtype}', must be one of bfloat16, float16, float32\n"
+    export_it = ("export", runs / "full", tmp_path / "out")
+    eval_it = [("eval", runs / name, runs / "no data") for name in ("full", "model")]
+    for command in (export_it, *eval_it):
+        assert run_command(monkeypatch, capsys, *command, "--dtype", dtype) == (1, "", words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_there_is_told_first(runs, tmp_path, nothing_is_loaded):
+    with pytest.raises(FileExistsError, match="--force"):
+        export(runs / "full", tmp_path)
+    with pytest.raises(ValueError, match="not a model folder"):
+        export(runs / "full", tmp_path, force=True)
 
 
 def run_command(monkeypatch, capsys, *arguments):
@@ -126,6 +179,41 @@ def test_eval_takes_runs_and_model_folders(runs, tmp_path, monkeypatch, capsys):
     model, params, _ = load_for_use(runs / "lora", "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     assert model.dtype == jax.numpy.bfloat16
+
+
+def test_eval_reads_long_documents_in_parts(runs, monkeypatch, capsys):
+    use_devices(monkeypatch)
+    eval_it = ("eval", runs / "model", runs / "data" / "train.jsonl")
+    _, whole, _ = run_command(monkeypatch, capsys, *eval_it, "--batch-size", 3)
+    _, parts, _ = run_command(monkeypatch, capsys, *eval_it, "--sequence-length", 32)
+    learnt = [int(re.search(r"([\d,]+) tokens learnt", text)[1]) for text in (whole, parts)]
+    assert learnt[1] > learnt[0] - 40, "at most the first token of each part is not learnt"
+    assert "split into rows" not in whole and "split into rows of 32\n" in parts
+
+
+@pytest.mark.parametrize(
+    "name, option, value, words",
+    [
+        ("full", "--sequence-length", 513, "is 513, must be from 2 to the 512 positions"),
+        ("model", "--sequence-length", 1, "is 1, must be from 2 to the 512 positions"),
+        ("model", "--batch-size", 0, "--batch-size is 0, must be at least 1"),
+        ("model", "--step", 2, "is not the folder of a run, and has no checkpoint of step 2"),
+    ],
+)
+def test_eval_refuses_first(
+    runs, name, option, value, words, monkeypatch, capsys, nothing_is_loaded
+):
+    arguments = ("eval", runs / name, runs / "data", option, value)
+    status, out, error = run_command(monkeypatch, capsys, *arguments)
+    assert status == 1 and not out and error.startswith("error: ") and words in error
+
+
+def test_eval_names_what_asks_nothing_first(runs, tmp_path, monkeypatch, capsys, nothing_is_loaded):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Hello", "completion": "Hello!"}\n{"text": "Once upon a time"}\n')
+    arguments = ("eval", runs / "model", data, "--answers")
+    status, _, error = run_command(monkeypatch, capsys, *arguments)
+    assert status == 1 and "record 1 (from 0) has no question" in error
 
 
 def test_check_tells_what_a_run_will_see(runs, monkeypatch, capsys):

@@ -30,9 +30,9 @@ import phi3_jax as phi3
 import train.loop
 from train import cli
 from train.checkpoints import Checkpoints
-from train.loop import CHECKPOINTS
 from train.loop import train as run_train
 from train.metrics import METRICS_FILE
+from train.run_folder import CHECKPOINTS
 
 SETTINGS = dict(steps=6, checkpoint=dict(every=2), evaluation=dict(every=4))
 

@@ -23,8 +23,8 @@ from train_runs import (
 import phi3_jax as phi3
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
-from train.loop import CHECKPOINTS
 from train.preemption import PREEMPTED_STATUS
+from train.run_folder import CHECKPOINTS
 from train.state import Setup
 
 STEPS, DEVICES = 11, 2

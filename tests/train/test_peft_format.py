@@ -167,10 +167,17 @@ def test_narrow_tensors_become_float32(dtype, tmp_path):
         ({"bias": "lora_only"}, "bias is 'lora_only'; biases have no place"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the model"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
-        ({"r": "gone"}, "r is None, must be a number"),
-        ({"r": "8"}, "r is '8', must be a number"),
+        ({"r": "gone"}, "r is None, must be an int of at least 1"),
+        ({"r": "8"}, "r is '8', must be an int of at least 1"),
+        ({"r": 0}, r"1 problem with .*\n  r is 0, must be an int of at least 1"),
         ({"lora_dropout": 2.0}, "lora.dropout is 2.0"),
-        ({"r": 4}, r"lora_A.weight: shape \(3, 48\), model and rank make it \(4, 48\)"),
+        ({"lora_dropout": "x"}, "lora_dropout is 'x', must be int or float or null"),
+        ({"lora_alpha": None}, "lora_alpha is None, must be int or float"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', must be bool or null"),
+        (
+            {"r": 4},
+            r"1 problem with .*\n  r is 4 in adapter_config.json, but the tensors have rank 3",
+        ),
     ],
 )
 def test_settings_of_other_adapters(changes, words, tmp_path):
@@ -188,6 +195,7 @@ def test_settings_of_other_adapters(changes, words, tmp_path):
         {"peft_version": "0.99", "megatron_core": "megatron.core", "qalora_group_size": 16},
         {"layers_pattern": None, "rank_pattern": {}, "lora_bias": False, "loftq_config": {}},
         {"bias": "gone", "use_rslora": "gone", "lora_dropout": "gone"},
+        {"bias": None, "use_rslora": None, "lora_dropout": None},
     ],
 )
 def test_settings_that_change_nothing(changes, tmp_path):
@@ -243,7 +251,7 @@ def test_broken_and_missing_files(name, tmp_path):
 def test_an_existing_folder_stays(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine").write_text("mine")
-    with pytest.raises(FileExistsError, match="adapter' exists; remove it, or choose"):
+    with pytest.raises(FileExistsError, match="adapter' exists; replace it with force"):
         saved(tmp_path / "adapter")
     assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["mine"]
 

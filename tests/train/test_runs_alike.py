@@ -20,9 +20,10 @@ from train_runs import (
 )
 
 from train.config import MeshConfig
-from train.loop import CHECKPOINTS, train
+from train.loop import train
 from train.metrics import METRICS_FILE
 from train.preemption import PREEMPTED_STATUS
+from train.run_folder import CHECKPOINTS
 
 STEPS = 10
 # Relative. Float32 sums in another order; 1.6e-6 is the most that was seen (of perplexity).
@@ -83,6 +84,7 @@ def assert_alike(place, kind, config, batches):
     assert max(worst.values()) < NOISE, worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [*(("full", name) for name in MESHES), ("lora", "1x2x4")]
 )
@@ -93,6 +95,7 @@ def test_a_mesh_is_as_one_device(place, monkeypatch, kind, name):
     assert_alike(place, kind, config, batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "first", "then"), [("full", "1x2x4", "2x2x2"), ("lora", "1x8x1", "1x2x4")]
 )

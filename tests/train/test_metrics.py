@@ -1,0 +1,30 @@
+"""What is known of devices."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from train.metrics import peak_flops
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla T4", 65),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+    ],
+)
+def test_the_peak_of_a_device_is_told_by_its_name(kind, tflops):
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == tflops * 1e12  # ty: ignore
+
+
+def test_other_devices_have_no_peak():
+    assert peak_flops(SimpleNamespace(device_kind="cpu")) is None  # ty: ignore

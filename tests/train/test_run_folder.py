@@ -1,0 +1,67 @@
+"""The folder of a run is one for all of its processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.run_folder import own_folder
+
+ROOT = Path(__file__).parent.parent.parent
+
+WORKER = """
+import sys
+from pathlib import Path
+import jax
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from train.run_folder import own_folder
+try:
+    with own_folder(Path(sys.argv[3])):
+        print("mine", flush=True)
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def two_processes(folders: list[Path]) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, address, str(process), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        )
+        for process, folder in enumerate(folders)
+    ]
+    # The last line: Gloo prints one of its own.
+    return [worker.communicate(timeout=200)[0].splitlines()[-1] for worker in workers]
+
+
+def test_processes_that_share_a_folder_own_it_together(tmp_path):
+    assert two_processes([tmp_path / "run"] * 2) == ["mine"] * 2
+
+
+def test_a_folder_that_one_process_does_not_see_is_refused(tmp_path):
+    first, second = two_processes([tmp_path / "here" / "run", tmp_path / "there" / "run"])
+    assert first == "RuntimeError process 1 failed, and says why"
+    assert second.startswith("ValueError process 1 does not see the folder")
+    assert "file system that all hosts share" in second
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ValueError, match=r"has no locks .*-o flock"):
+        with own_folder(tmp_path / "run"):
+            pass

@@ -1,0 +1,115 @@
+"""The folder of a run: whose it is, and whether a run may go on in it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from phi3_jax.processes import by_all
+from train.config import TrainConfig
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.json"
+_LOCK = ".lock"
+
+# What a run may not change when it goes on; model, data and weights are compared besides.
+_FIXED = ("optimizer", "lora", "batch_size", "seed")
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Generator[None]:
+    """Makes the folder of a run, for all of its processes, and keeps a second run out of it.
+
+    Raises:
+      ValueError: where another run is writing into it, its file system has no locks, or the
+        processes do not all see the same folder.
+    """
+    with contextlib.ExitStack() as stack:
+        mark = np.frombuffer(secrets.token_bytes(8), np.uint8)
+        with by_all():
+            if jax.process_index() == 0:
+                stack.enter_context(_locked(folder, mark.tobytes().hex()))
+        if jax.process_count() > 1:
+            mark = multihost_utils.broadcast_one_to_all(mark)
+        with by_all():
+            path = folder / _LOCK
+            found = path.read_text(encoding="utf-8") if path.is_file() else None
+            if found != mark.tobytes().hex():
+                raise ValueError(
+                    f"process {jax.process_index()} does not see the folder {str(folder)!r} of "
+                    "process 0; choose one on a file system that all hosts share (folder=...)"
+                )
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, mark: str) -> Generator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is writing into {str(folder)!r}; wait for its end, or choose another "
+                "folder (folder=...)"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"the file system of {str(folder)!r} has no locks ({error}); mount it with them "
+                "(Lustre: -o flock), or choose another folder (folder=...)"
+            ) from None
+        lock.truncate(0)
+        lock.write(mark)
+        lock.flush()
+        os.fsync(lock.fileno())
+        yield
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Writes the config of a run, for export and evaluation; the first process does."""
+    with by_all():
+        if jax.process_index() == 0:
+            part = folder / f"{CONFIG_FILE}.partial"
+            part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            os.replace(part, folder / CONFIG_FILE)
+
+
+def check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
+    """Refuses to go on with other settings, data or weights than the run began with.
+
+    Args:
+      saved: values of a checkpoint: config, model (its config), data (a fingerprint) and frozen
+        (that of the weights that are not trained).
+      run: those of the run that is to go on.
+      folder: of the run.
+
+    Raises:
+      ValueError: with all that differs.
+    """
+    run = json.loads(json.dumps(run))
+    then, now = saved["config"], run["config"]
+    changed = [
+        f"{name} was {then[name]}, is {now[name]}" for name in _FIXED if then[name] != now[name]
+    ]
+    changed += [
+        f"the model's {name} was {value}, is {run['model'].get(name)}"
+        for name, value in saved["model"].items()
+        if run["model"].get(name) != value
+    ]
+    if saved["data"] != run["data"]:
+        changed.append("the data (its documents, their order or their tokens) is another one")
+    if saved["frozen"] != run["frozen"]:
+        changed.append("the weights of the model that are not trained are others")
+    if changed:
+        raise ValueError(
+            f"{str(folder)!r} holds another run: {'; '.join(changed)}; set that back to go on with "
+            "it, or choose another folder (folder=...)"
+        )

@@ -53,6 +53,7 @@ def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tre
 
     Raises:
       FileNotFoundError: where it has no such checkpoint.
+      ValueError: where the model that it started from is another one now.
     """
     config = run_config(run)
     mesh = phi3.make_mesh(devices=[_host()])
@@ -67,9 +68,15 @@ def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tre
                 if steps
                 else f"{str(run)!r} has no checkpoint yet"
             )
+        step = steps[-1] if step is None else step
+        model = json.loads(json.dumps(setup.model.config.to_dict()))
+        if checkpoints.run_values(step)["model"] != model:
+            raise ValueError(
+                f"the config of the model in {str(setup.source)!r} is no longer the one that "
+                f"{str(run)!r} began with; put that model back"
+            )
         name = "params" if config.optimizer.ema_decay is None else "ema"
-        params = checkpoints.load_part(steps[-1] if step is None else step, name, setup.trainable)
-        return setup, params
+        return setup, checkpoints.load_part(step, name, setup.trainable)
     finally:
         checkpoints.close()
 

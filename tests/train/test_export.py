@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import jax
@@ -243,3 +244,18 @@ def test_a_run_begins_from_an_adapter(runs, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, result.state.params, before)
     with pytest.raises(ValueError, match="rank is 3 there and 4 in the config"):
         train(small_run(runs, "other", lora=lora | {"rank": 4}, steps=1))
+
+
+def test_another_model_in_the_place_of_the_runs(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "full", run)
+    shutil.copytree(runs / "model", tmp_path / "model")
+    settings = json.loads((run / "config.json").read_text())
+    settings["model"]["path"] = str(tmp_path / "model")
+    (run / "config.json").write_text(json.dumps(settings))
+    trained_params(run)
+    model = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(model | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match="no longer the one"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

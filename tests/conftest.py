@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -23,3 +24,10 @@ def pytest_addoption(parser):
         default="0",
         help="draws the configs that tests/parity compares (default 0)",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs hold many memory maps, of which a process can have some 65,000."""
+    yield
+    jax.clear_caches()

@@ -112,7 +112,7 @@ def _eval(
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}, must be at least 1")
     source = source_of(model, dtype, step)
-    positions = phi3.phi3.Phi3Config.from_pretrained(source).max_position_embeddings
+    positions = phi3.Phi3Config.from_pretrained(source).max_position_embeddings
     length = min(2048, positions) if sequence_length is None else sequence_length
     if not 2 <= length <= positions:
         raise ValueError(

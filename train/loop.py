@@ -36,13 +36,14 @@ class TrainResult:
     Attributes:
       step: how many steps it has taken, those before it was resumed included.
       preempted: whether it was told to stop; the same command goes on.
-      checkpoint: the folder of its last checkpoint.
+      checkpoint: the folder of its last checkpoint; None where it was told to stop before it had
+        taken a step.
       state: what it ended with.
     """
 
     step: int
     preempted: bool
-    checkpoint: Path
+    checkpoint: Path | None
     state: TrainState
 
 
@@ -151,7 +152,8 @@ def train(config: TrainConfig) -> TrainResult:
 
         if stop(start):
             # Told so while it was loading and compiling: there is nothing new to save.
-            return TrainResult(start, True, checkpoints.path(start), state)
+            last = None if resumed is None else checkpoints.path(resumed)
+            return TrainResult(start, True, last, state)
         clock.restart()
         for arrays in batches:
             profiler.before(done + 1)

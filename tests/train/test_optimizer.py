@@ -14,7 +14,7 @@ import phi3_jax as phi3
 from phi3_jax.sharding import abstract_params
 from train.config import LoraConfig, OptimizerConfig
 from train.lora import abstract_adapters
-from train.optimizer import frozen_leaves, make_optimizer, make_schedule
+from train.optimizer import frozen_leaves, keep_layers, make_optimizer, make_schedule
 
 CONFIG = phi3.Phi3Config(**config_values("gqa"))
 MODEL = phi3.Phi3ForCausalLM(CONFIG)
@@ -261,13 +261,13 @@ def test_patterns_that_cannot_be():
 def test_layers_that_are_kept_do_not_move_and_do_not_count(name):
     _, kept = frozen_leaves(CONFIG, ("model.layers.2.*",))
     config = OptimizerConfig(name=name, weight_decay=0.1, clip_norm=1.0)
-    updates = first_update(config, PARAMS, PARAMS, kept)
+    updates = first_update(config, keep_layers(PARAMS, kept), PARAMS, kept)
     # Whatever the gradient of the kept layer, the others' update is the same.
     flat = flatten_dict(PARAMS)
     other = unflatten_dict(
         {path: leaf.at[2].mul(7) if path in kept else leaf for path, leaf in flat.items()}
     )
-    again = first_update(config, other, PARAMS, kept)
+    again = first_update(config, keep_layers(other, kept), PARAMS, kept)
     for path, update in updates.items():
         np.testing.assert_array_equal(update, again[path])
         if path in kept:

@@ -293,7 +293,7 @@ class MLP(Part):
     """The gated feed-forward: down(up * act(gate))."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
         D, F = self.config.hidden_size, self.config.intermediate_size
         gate_up_proj = Projection(
             **self.alike,

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from train.distributed import launch_arguments
+from train.distributed import initialize, launch_arguments
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -163,14 +164,15 @@ def test_two_processes_find_each_other(environ, index):
         assert result(worker) == [str(process), "2", "2"]
 
 
-def test_a_failure_says_what_was_found():
-    """The address is another program's."""
-    with socket.socket(socket.AF_INET6) as taken:
-        taken.bind(("::", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        worker = start(EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address})
-        _, err = worker.communicate(timeout=300)
-    assert worker.returncode
-    assert "ValueError: the processes did not come together" in err
-    assert f"found JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES=2" in err
+def test_a_failure_says_what_was_found(monkeypatch):
+    def taken(**_):
+        raise RuntimeError("Address already in use")
+
+    monkeypatch.setattr(jax.distributed, "initialize", taken)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    for name, value in (EXPLICIT | ADDRESS).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="did not come together: Address already in use") as raised:
+        initialize()
+    assert "found JAX_COORDINATOR_ADDRESS=host-0:1234, JAX_NUM_PROCESSES=2" in str(raised.value)
+    assert "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in str(raised.value)

@@ -54,8 +54,8 @@ def train(config: TrainConfig) -> TrainResult:
     is on a file system that they share.
 
     Raises:
-      ValueError: for settings, data or weights that cannot be used, and for a folder whose run is
-        another one; nothing of a run is written then.
+      ValueError: for settings and data that cannot be used, before the folder is made; for weights
+        that cannot be, and for a folder whose run is another one, before a checkpoint is written.
       FloatingPointError: where the loss, a gradient or a weight becomes NaN or infinite, with the
         steps since the last checkpoint, and that.
     """

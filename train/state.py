@@ -57,6 +57,8 @@ class Setup:
       schedule, optimizer: from optimizer.py.
       trainable, frozen: abstract trees (ShapeDtypeStruct with sharding) of the model's leaves, or
         under LoRA of the adapters and the model's, as they are before they are quantised.
+      kept_layers: of leaves that are trained in some layers only, from `frozen_leaves`.
+      everywhere: the sharding of what every device holds whole.
       abstract_state: TrainState of ShapeDtypeStruct with sharding.
       source: the model folder.
 

@@ -351,3 +351,15 @@ def test_a_second_run_at_the_same_time_is_refused(six):
             run(config)
         process.kill()
     assert run(config).step == 6  # the lock goes with the process
+
+
+def test_a_run_that_goes_on_does_not_read_all_data_again(place, monkeypatch):
+    constant = dict(schedule="constant")
+    config = small_run(place, "read_once", steps=1, optimizer=constant)
+    run(config)
+
+    def again(*_):
+        raise AssertionError("all data is read again")
+
+    monkeypatch.setattr("train.batches.Batches._read", again)
+    assert run(dataclasses.replace(config, steps=2)).step == 2

@@ -1,6 +1,7 @@
 """Which key a query sees, and the attention itself. Letters as in model.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from phi3_jax.attention_kernels import SAVED_NAME, cudnn_attention, splash_attention
+from phi3_jax.cache import Quantized, Stored
 from phi3_jax.sharding import Mesh
 
 
@@ -36,13 +38,13 @@ def causal_mask(query_T: jax.Array, key_S: jax.Array, window: int | None) -> jax
     (`sliding_window_overlay` of transformers: q - window < kv <= q).
 
     Args:
-      query_T, key_S: int32 column numbers.
+      query_T, key_S: int32 column numbers; those of the keys may differ by row, [B, S].
       window: number of keys seen including the query's own, or None for all.
 
     Returns:
-      bool [T, S].
+      bool [T, S], or [B, T, S].
     """
-    distance = query_T[:, None] - key_S[None, :]
+    distance = query_T[:, None] - key_S[..., None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
 
@@ -61,8 +63,8 @@ def document_runs(ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def attend(
     q_BTKGH: jax.Array,
-    keys: Sequence[jax.Array],
-    values: Sequence[jax.Array],
+    keys: Sequence[Stored],
+    values: Sequence[Stored],
     visible: Visible,
     mesh: Mesh | None = None,
     dropout: tuple[float, jax.Array] | None = None,
@@ -72,7 +74,7 @@ def attend(
     Args:
       q_BTKGH: queries, grouped by the key-value head that they share.
       keys, values: pieces [B, S, K, H], attended to as if they were one: the cached ones, and
-        those of this call. Only "xla" takes more than one piece, or dropout.
+        those of this call. Only "xla" takes more than one piece, quantised ones, or dropout.
       visible: what the queries see.
       mesh: of the model; the fused kernels are laid out on it.
       dropout: rate and key, for the probabilities.
@@ -83,7 +85,8 @@ def attend(
     if visible.implementation == "xla":
         out, probs = _attend_xla(q_BTKGH, keys, values, visible.masks, dropout)
         return checkpoint_name(out, SAVED_NAME), probs
-    (k_BTKH,), (v_BTKH,) = keys, values
+    whole: Any = (*keys, *values)
+    k_BTKH, v_BTKH = whole
     arguments = (q_BTKGH, k_BTKH, v_BTKH, visible.segment_BT, visible.window)
     if visible.implementation == "splash":
         return splash_attention(*arguments, mesh), None  # names its results itself
@@ -96,15 +99,19 @@ def _attend_xla(q_BTKGH, keys, values, masks, dropout):
 
     masks: a piece, broadcast to [B, K, G, T, S]: bool, True where a query sees a key, or float32
     to add to the scores. A query that sees nothing gets the mean of all values: finite, and of no
-    consequence.
+    consequence. The scales of quantised pieces multiply scores and probabilities, which are fewer
+    than the values.
     """
     scale = q_BTKGH.shape[-1] ** -0.5
     lowest = jnp.finfo(jnp.float32).min
     scores = []
-    for k_BSKH, mask in zip(keys, masks, strict=True):
+    for piece, mask in zip(keys, masks, strict=True):
+        k_BSKH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
         score_BKGTS = scale * jnp.einsum(
             "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
         )
+        if scale_BKS is not None:
+            score_BKGTS = score_BKGTS * scale_BKS[:, :, None, None]
         if 1 < mask.shape[1] < k_BSKH.shape[2]:  # a caller's mask knows no padded heads
             more = k_BSKH.shape[2] - mask.shape[1]
             mask = jnp.pad(mask, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
@@ -119,11 +126,22 @@ def _attend_xla(q_BTKGH, keys, values, masks, dropout):
         probs = _drop(probs, *dropout)
 
     out, start = jnp.zeros((), q_BTKGH.dtype), 0
-    for v_BSKH in values:
+    for piece in values:
+        v_BSKH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
         stop = start + v_BSKH.shape[1]
-        out = out + jnp.einsum("BKGTS,BSKH->BTKGH", probs[..., start:stop], v_BSKH)
+        weights = probs[..., start:stop]
+        if scale_BKS is not None:
+            weights = (weights * scale_BKS[:, :, None, None]).astype(q_BTKGH.dtype)
+        out = out + jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
         start = stop
     return out, probs
+
+
+def _unpacked(piece: Stored, dtype) -> tuple[jax.Array, jax.Array | None]:
+    """A piece [B, S, K, H] to multiply with, and its scales [B, K, S]."""
+    if isinstance(piece, Quantized):
+        return piece.values.astype(dtype), jnp.swapaxes(piece.scale, 1, 2)
+    return piece, None
 
 
 def _drop(probs_BKGTS: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ import numpy as np
 from phi3_jax.cache import KVCache
 from phi3_jax.layers import Part
 from phi3_jax.loss import cross_entropy, mean_loss
-from phi3_jax.model import Model, Output, Phi3Model
+from phi3_jax.model import Model, Phi3Model
+from phi3_jax.outputs import Output
 from phi3_jax.rope import RopeTables
 
 

@@ -24,6 +24,7 @@ class CallInputs:
       document_BT: int32 in [0, T), the document of each token of packed rows; else None.
       column_T: int32, the columns of the tokens, counted from the start of the cache.
       slots_BS: bool, slots of the cache that may be seen; None without a filled cache.
+      slot_column_S: int32 [S] or [B, S], the columns that they hold; None likewise.
       given_mask: what the caller's 4D mask says, [B or 1, N or 1, T, S or T], or None.
     """
 
@@ -32,6 +33,7 @@ class CallInputs:
     document_BT: jax.Array | None
     column_T: jax.Array
     slots_BS: jax.Array | None
+    slot_column_S: jax.Array | None
     given_mask: jax.Array | None
 
     @property
@@ -44,30 +46,29 @@ class CallInputs:
 
     def masks(self, config: Phi3Config) -> tuple[jax.Array, ...]:
         """The masks of the pieces of keys, slots before new tokens, as `attend` takes them."""
-        slots_S = None if self.slots_BS is None else jnp.arange(self.slots_BS.shape[1])
         if self.given_mask is not None:
-            return self._given_masks(config, slots_S)
+            return self._given_masks(config)
         window, segment_BT = config.sliding_window, self.segment_BT
         new = causal_mask(self.column_T, self.column_T, window)[None]
         if segment_BT is not None:
             new &= segment_BT[:, :, None] == segment_BT[:, None, :]
         pieces = [new]
-        if self.slots_BS is not None and slots_S is not None:
-            old = causal_mask(self.column_T, slots_S, window)
-            pieces = [old[None] & self.slots_BS[:, None, :], new]
+        if self.slots_BS is not None and self.slot_column_S is not None:
+            old = causal_mask(self.column_T, self.slot_column_S, window)
+            pieces = [old & self.slots_BS[:, None, :], new]
         return tuple(piece[:, None, None] for piece in pieces)
 
-    def _given_masks(self, config: Phi3Config, slots_S) -> tuple[jax.Array, ...]:
+    def _given_masks(self, config: Phi3Config) -> tuple[jax.Array, ...]:
         mask: Any = self.given_mask
         heads = config.num_attention_heads // config.num_key_value_heads
         rows, _, tokens, keys = mask.shape
         groups = (1, 1) if mask.shape[1] == 1 else (config.num_key_value_heads, heads)
         mask = mask.reshape(rows, *groups, tokens, keys)
-        if slots_S is None:
+        if self.slot_column_S is None:
             return (mask,)
         new = lax.dynamic_slice_in_dim(mask, self.column_T[0], tokens, axis=-1)
         hidden = False if mask.dtype == bool else -jnp.inf
-        return jnp.where(slots_S < self.column_T[0], mask, hidden), new
+        return jnp.where(self.slot_column_S < self.column_T[0], mask, hidden), new
 
 
 def read_inputs(
@@ -78,6 +79,7 @@ def read_inputs(
     position_ids: Any,
     segment_ids: Any,
     cache: KVCache | None,
+    token_mask: Any = None,
 ) -> CallInputs:
     """Reads the arguments of a call as `Phi3Model` describes them.
 
@@ -85,14 +87,26 @@ def read_inputs(
       ValueError: for shapes and kinds that do not go together.
     """
     B, T = rows, tokens
-    for name, array in (("position_ids", position_ids), ("segment_ids", segment_ids)):
+    of_tokens = {
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+        "token_mask": token_mask,
+    }
+    for name, array in of_tokens.items():
         if array is not None and np.shape(array) not in ((B, T), (1, T)):
             raise ValueError(
                 f"{name} has shape {np.shape(array)}, expected that of the tokens, {(B, T)}"
             )
     column_T = jnp.arange(T, dtype=jnp.int32) + (0 if cache is None else cache.length)
-    slots_BS = cache.valid_BS if cache is not None and cache.filled else None
+    slots_BS = slot_column_S = None
+    if cache is not None and cache.filled:
+        slots_BS, slot_column_S = cache.valid_BS, cache.columns
     mask_BT = given_mask = None
+    if token_mask is not None:
+        if attention_mask is not None or segment_ids is not None:
+            other = "attention_mask" if attention_mask is not None else "segment_ids"
+            raise ValueError(f"give either token_mask or {other}: both say what is padding")
+        mask_BT = jnp.broadcast_to(jnp.asarray(token_mask) != 0, (B, T))
     if attention_mask is not None:
         if np.ndim(attention_mask) == 4:
             given_mask = _whole_mask(attention_mask, config, B, T, cache)
@@ -118,17 +132,19 @@ def read_inputs(
     if cache is not None:
         # What a compiled call writes past the end would land on other tokens: no position, NaN.
         position_BT = jnp.where(column_T < cache.capacity, position_BT, -1)
-    if position_ids is not None and attention_mask is None and segment_ids is None:
-        if cache is None:
-            document_BT, _ = document_runs(position_BT - column_T)
+    alone = cache is None and mask_BT is None and given_mask is None
+    if position_ids is not None and alone:
+        document_BT, _ = document_runs(position_BT - column_T)
     if mask_BT is not None:
         # What padding computes is never looked at, but it must stay finite.
         position_BT = jnp.where(mask_BT, position_BT, 0)
-    return CallInputs(position_BT, mask_BT, document_BT, column_T, slots_BS, given_mask)
+    return CallInputs(
+        position_BT, mask_BT, document_BT, column_T, slots_BS, slot_column_S, given_mask
+    )
 
 
 def _padding_mask(attention_mask, B: int, T: int, cache: KVCache | None):
-    """A 2D mask as that of this call's tokens [B, T], and of all slots [B, S] where there are."""
+    """A 2D mask as that of this call's tokens [B, T], and of the slots [B, S] where there are."""
     shape = np.shape(attention_mask)
     if len(shape) != 2 or shape[0] not in (B, 1):
         raise ValueError(
@@ -138,9 +154,11 @@ def _padding_mask(attention_mask, B: int, T: int, cache: KVCache | None):
     mask = jnp.broadcast_to(jnp.asarray(attention_mask) != 0, (B, shape[1]))
     if shape[1] == T and (cache is None or not cache.filled):
         return mask, None
-    mask_BS = _over_slots(mask, T, cache)
-    start = 0 if cache is None else cache.length
-    return lax.dynamic_slice_in_dim(mask_BS, start, T, axis=1), mask_BS
+    mask = _over_columns(mask, T, cache)
+    mask_BT = lax.dynamic_slice_in_dim(mask, 0 if cache is None else cache.length, T, axis=1)
+    if cache is not None and cache.column_BS is not None:
+        mask = jnp.take_along_axis(mask, cache.column_BS, axis=1)
+    return mask_BT, mask
 
 
 def _whole_mask(attention_mask, config: Phi3Config, B: int, T: int, cache: KVCache | None):
@@ -162,12 +180,17 @@ def _whole_mask(attention_mask, config: Phi3Config, B: int, T: int, cache: KVCac
     if cache is None or not cache.filled:
         if keys == T:
             return mask
-        return lax.slice_in_dim(_over_slots(mask, T, cache), 0, T, axis=-1)
-    return _over_slots(mask, T, cache)
+        return lax.slice_in_dim(_over_columns(mask, T, cache), 0, T, axis=-1)
+    if cache.column_BS is not None:
+        raise ValueError(
+            f"a 4D attention_mask says alone which keys are seen, and the cache is a ring that "
+            f"holds the last {cache.slots} only; use a full cache"
+        )
+    return _over_columns(mask, T, cache)
 
 
-def _over_slots(mask: jax.Array, T: int, cache: KVCache | None) -> jax.Array:
-    """A mask whose last axis has the columns so far, or all slots, as one of all slots.
+def _over_columns(mask: jax.Array, T: int, cache: KVCache | None) -> jax.Array:
+    """A mask whose last axis has the columns so far, or all columns, as one of all columns.
 
     A mask that is shorter than the keys could be meant for any of them: the reference takes what
     is missing as masked, without a word.

@@ -12,7 +12,6 @@ import operator
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -33,53 +32,9 @@ from phi3_jax.layers import (
     VocabTable,
 )
 from phi3_jax.loss import causal_lm_loss
+from phi3_jax.outputs import BaseModelOutput, CausalLMOutput, attentions_of
 from phi3_jax.rope import RopeTables, rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import constrain, default_device
-
-
-class Output:
-    """What all outputs have; fields that were not asked for are None."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in their order, as `return_dict=False` gives them."""
-        fields = (getattr(self, name) for name in self.__dataclass_fields__)  # ty: ignore
-        return tuple(field for field in fields if field is not None)
-
-
-@flax.struct.dataclass
-class BaseModelOutput(Output):
-    """What Phi3Model returns.
-
-    Attributes:
-      last_hidden_state: [B, T, D], after the final norm.
-      cache: the grown one, where one was passed.
-      hidden_states: L + 1 of [B, T, D]: the embeddings, and the output of each layer, the last
-        one after the final norm.
-      attentions: L of [B, N, T, keys], probabilities; where a cache was passed the keys are its
-        slots, with zeros where no token is yet.
-    """
-
-    last_hidden_state: jax.Array
-    cache: KVCache | None = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-
-
-@flax.struct.dataclass
-class CausalLMOutput(Output):
-    """What Phi3ForCausalLM returns.
-
-    Attributes:
-      loss: float32 scalar, where labels were given.
-      logits: [B, T kept, V] in the model's dtype.
-      cache, hidden_states, attentions: as in BaseModelOutput.
-    """
-
-    loss: jax.Array | None
-    logits: jax.Array
-    cache: KVCache | None = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
 
 
 class Model(Part):
@@ -144,6 +99,7 @@ class Phi3Model(Model):
         deterministic: bool = True,
         *,
         segment_ids: Any = None,
+        token_mask: Any = None,
         rope: RopeTables | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -172,6 +128,8 @@ class Phi3Model(Model):
           segment_ids: int [B, T], for rows that hold several documents: runs of one number, 0 for
             padding. A document sees itself alone, and has positions, window and longrope of its
             own.
+          token_mask: [B, T], nonzero for the tokens of this call that are not padding; in place of
+            an attention_mask, where a cache is filled and what it remembers is to stand.
           rope: tables from `phi3_jax.rope.rope_tables`; by default made here, as constants of the
             program.
           return_dict: False for a tuple of what is not None.
@@ -183,20 +141,22 @@ class Phi3Model(Model):
         """
         out, _ = self.run(
             input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states,
-            output_attentions, deterministic, segment_ids, rope,
+            output_attentions, deterministic, segment_ids, rope, token_mask,
         )  # fmt: skip
         return out if return_dict else out.to_tuple()
 
     def run(
         self, input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states,
-        output_attentions, deterministic, segment_ids, rope,
+        output_attentions, deterministic, segment_ids, rope, token_mask=None,
     ) -> tuple[BaseModelOutput, CallInputs]:  # fmt: skip
         """The output, and what the arguments were read as; for the heads."""
         config = self.config
         B, T = _checked_tokens(config, input_ids, inputs_embeds)
         if cache is not None:
             cache.check(config, B, T, self.mesh)
-        inputs = read_inputs(config, B, T, attention_mask, position_ids, segment_ids, cache)
+        inputs = read_inputs(
+            config, B, T, attention_mask, position_ids, segment_ids, cache, token_mask
+        )
         if rope is None:
             rope = rope_tables(config, _positions_in_use(config, position_ids, T, cache))
         cos_sin = rope_cos_sin(
@@ -231,7 +191,7 @@ class Phi3Model(Model):
         cached = None if inputs.slots_BS is None else (cache.k_LBSKH, cache.v_LBSKH)
         x_BTD, (new_kv, hidden_LBTD, probs) = self.layers(x_BTD, cached, layer_inputs)
         x_BTD = self.norm(x_BTD)
-        attentions = _attentions(probs, config, cache) if output_attentions else None
+        attentions = attentions_of(probs, config, cache) if output_attentions else None
         hidden_states = None
         if output_hidden_states:
             hidden_states = (embedded_BTD, *hidden_LBTD[:-1], x_BTD)
@@ -290,19 +250,6 @@ def _positions_in_use(config, position_ids, tokens: int, cache: KVCache | None) 
         return max(int(jnp.max(jnp.asarray(position_ids))), 0) + 1
 
 
-def _attentions(probs_LBKGTS, config: Phi3Config, cache: KVCache | None) -> tuple[jax.Array, ...]:
-    """Probabilities a layer by query head, without padded heads, a column for each slot."""
-    L, B, _, _, T, keys = probs_LBKGTS.shape
-    probs = probs_LBKGTS[:, :, : config.num_key_value_heads]
-    probs = probs.reshape(L, B, config.num_attention_heads, T, keys)
-    if cache is not None:
-        slots, new = probs[..., : keys - T], probs[..., keys - T :]
-        if not cache.filled:
-            slots = jnp.zeros((*probs.shape[:-1], cache.capacity), probs.dtype)
-        probs = jax.lax.dynamic_update_slice_in_dim(slots, new, cache.length, axis=-1)
-    return tuple(probs)
-
-
 class Phi3ForCausalLM(Model):
     """The decoder with a next-token head."""
 
@@ -325,6 +272,7 @@ class Phi3ForCausalLM(Model):
         deterministic: bool = True,
         *,
         segment_ids: Any = None,
+        token_mask: Any = None,
         num_items_in_batch: Any = None,
         rope: RopeTables | None = None,
         return_dict: bool = True,
@@ -350,7 +298,7 @@ class Phi3ForCausalLM(Model):
         """
         out, inputs = self.model.run(
             input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states,
-            output_attentions, deterministic, segment_ids, rope,
+            output_attentions, deterministic, segment_ids, rope, token_mask,
         )  # fmt: skip
         config, hidden_BTD = self.config, out.last_hidden_state
         table: Any = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head

@@ -15,6 +15,13 @@ from jax.experimental import multihost_utils
 from phi3_jax.folder import staged_folder
 
 
+def on_host(array: jax.Array) -> np.ndarray:
+    """A whole array, wherever its parts are; every process has to ask."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 @contextlib.contextmanager
 def by_all() -> Generator[None]:
     """Ends when all processes have ended it, and fails in all where one has failed.

@@ -21,12 +21,16 @@ class RopeTables(NamedTuple):
 
     The short pair serves rows up to original_max_position_embeddings and has no more rows than
     that under longrope; the long pair is None where no row can be long. All are [P, R].
+
+    long_B: bool [B], rows that are long whatever positions a call holds, as the first chunk of a
+    long prompt does; None where the call's own positions tell.
     """
 
     short_cos_PR: jax.typing.ArrayLike
     short_sin_PR: jax.typing.ArrayLike
     long_cos_PR: jax.typing.ArrayLike | None
     long_sin_PR: jax.typing.ArrayLike | None
+    long_B: jax.typing.ArrayLike | None = None
 
 
 def inverse_frequencies(config: Phi3Config, long: bool = False) -> np.ndarray:
@@ -117,8 +121,8 @@ def rope_cos_sin(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin for each token, float32 [B, T, R], from the table that its row uses.
 
-    long_BT is what `rows_are_long` gives, [B, 1] or [B, T]. A position outside the table gives NaN:
-    a clamped lookup would be wrong without a sign.
+    long_BT is what `rows_are_long` gives, [B, 1] or [B, T]; rows of `tables.long_B` are long
+    besides. A position outside the table gives NaN: a clamped lookup would be wrong without a sign.
     """
     # A negative index would count from the table's end.
     rows_BT = jnp.where(position_ids_BT < 0, jnp.iinfo(jnp.int32).max, position_ids_BT)
@@ -127,6 +131,8 @@ def rope_cos_sin(
     sin = look_up(jnp.asarray(tables.short_sin_PR))
     if tables.long_cos_PR is None or tables.long_sin_PR is None:
         return cos, sin
+    if tables.long_B is not None:
+        long_BT = long_BT | jnp.asarray(tables.long_B)[:, None]
     long_BT1 = long_BT[:, :, None]
     long_cos = look_up(jnp.asarray(tables.long_cos_PR))
     long_sin = look_up(jnp.asarray(tables.long_sin_PR))

@@ -1,15 +1,15 @@
 """The commands `phi3-generate` and `phi3-chat`."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from phi3_jax.timing import Timing
 
 EMBEDDED_MODEL = Path(__file__).parent / "tiny_demo"
 
@@ -39,6 +39,14 @@ Temperature = Annotated[
 ]
 TopP = Annotated[
     float | None, typer.Option(help="Sample from the most likely tokens of this mass.")
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens, the most likely.")]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Sample from tokens at least this times as likely as the most likely one."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: what is in the text already becomes less likely.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 Dtype = Annotated[
@@ -73,75 +81,36 @@ def run_command(function: Callable[..., None]) -> None:
         sys.exit(1)
 
 
-def load_generator(model: str | None, dtype: str, cache_length: int | None):
-    """The TextGenerator of a folder or hub id, or of the embedded model, on all devices."""
+def load_model(model: str, dtype: str) -> tuple[Any, Any, Any]:
+    """(folder, model, params) of a folder or hub id, on all devices."""
     import jax
 
     import phi3_jax as phi3
     from phi3_jax.folder import find_folder
+
+    folder = find_folder(model)
+    mesh = phi3.make_mesh() if jax.device_count() > 1 else None
+    stored = None if dtype == "auto" else dtype
+    return folder, *phi3.from_pretrained(folder, dtype=stored, mesh=mesh)
+
+
+def load_generator(model: str | None, dtype: str, cache_length: int | None):
+    """The TextGenerator of a folder or hub id, or of the embedded model, on all devices."""
+    import phi3_jax as phi3
 
     if model is None:
         say(
             "No --model given: using the embedded phi3-tiny-demo, a very small model for trying "
             "things out. It is not Phi-3."
         )
-    folder = EMBEDDED_MODEL if model is None else find_folder(model)
-    mesh = phi3.make_mesh() if jax.device_count() > 1 else None
-    stored = None if dtype == "auto" else dtype
-    network, params = phi3.from_pretrained(folder, dtype=stored, mesh=mesh)
+    folder, network, params = load_model(model or str(EMBEDDED_MODEL), dtype)
     tokenizer = phi3.Tokenizer.from_pretrained(folder)
-    return phi3.TextGenerator(network, params, tokenizer, mesh, cache_length)
+    return phi3.TextGenerator(network, params, tokenizer, cache_length=cache_length)
 
 
-def given_settings(**options: float | None) -> dict[str, Any]:
+def given_settings(**options: float | list[str] | None) -> dict[str, Any]:
     """The options that were given; the rest is left to the folder."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-@dataclass
-class Timing:
-    """Times one answer while its pieces pass through."""
-
-    prompt_tokens: int
-    tokens: int = 0
-    first_s: float = 0.0
-    rest_s: float = 0.0
-
-    def watch(self, pieces: Iterator[str]) -> Iterator[str]:
-        """The same pieces; the last one is what was left over and no token of its own."""
-        start = last = time.perf_counter()
-        count = 0
-        for piece in pieces:
-            now = time.perf_counter()
-            if count == 0:
-                self.first_s = now - start
-            else:
-                self.tokens, self.rest_s = count, last - start - self.first_s
-            count, last = count + 1, now
-            yield piece
-
-    def report(self, load_s: float) -> str:
-        """What --stats prints."""
-        later = self.tokens - 1
-        rate = f"{later / self.rest_s:.1f} tokens/s" if later > 0 else "-"
-        prompt_rate = self.prompt_tokens / self.first_s
-        return (
-            f"load {load_s:.2f} s | prompt {self.prompt_tokens} tokens, {prompt_rate:.1f} tokens/s "
-            f"(with compiling) | decode {self.tokens} tokens, {rate} | "
-            f"peak memory {peak_memory_gb():.2f} GB"
-        )
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of the fullest device where it counts that, else of the process, in 1e9 bytes."""
-    import jax
-
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
-    if peaks:
-        return max(peaks) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def print_answer(pieces: Iterator[str]) -> str:
@@ -165,6 +134,44 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    num_beams: Annotated[
+        int | None, typer.Option(help="Search with so many beams; the answer comes at the end.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop after this text, which is part of the answer; may be repeated."),
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Answer with JSON of the schema in this file."),
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(help="A small model of the same vocabulary that guesses tokens ahead."),
+    ] = None,
+    num_draft_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens the draft model guesses at a time.")
+    ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None, typer.Option(help="Guess so many tokens ahead from what the prompt repeats.")
+    ] = None,
+    max_time: Annotated[
+        float | None, typer.Option(help="Seconds after which the answer ends.")
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="8: keep keys and values in 8 bits a number.")
+    ] = None,
+    prompt_cache_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep here what is computed of the prompt; where the file exists, a prompt that "
+            "begins alike is not computed anew.",
+        ),
+    ] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     system: System = None,
@@ -175,17 +182,96 @@ def generate(
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty; give some text, or - and text on the input")
-    settings = given_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    settings = given_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        stop_strings=stop,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        num_assistant_tokens=num_draft_tokens,
+        max_time=max_time,
+    )
+    if num_draft_tokens is not None and draft_model is None:
+        raise UserError("--num-draft-tokens is what a draft model guesses; give --draft-model too")
+    check_drafts(
+        {
+            "--draft-model": draft_model,
+            "--prompt-lookup-num-tokens": prompt_lookup_num_tokens,
+            "--num-beams": None if num_beams == 1 else num_beams,
+            "--json-schema": json_schema,
+        }
+    )
+    if kv_bits not in (None, 8):
+        raise UserError(f"--kv-bits is {kv_bits}, and --kv-bits 8 is all there is")
+    kind = {} if kv_bits is None else {"cache_implementation": "quantized"}
+    if prompt_cache_file is not None:
+        from phi3_jax.generation.prompt_cache import check_path
+
+        prompt_cache_file = prompt_cache_file.expanduser()
+        check_path(prompt_cache_file)
+    if json_schema is not None:
+        settings["grammar"] = read_json_schema(json_schema)
     start = time.perf_counter()
     generator = load_generator(model, dtype, cache_length)
+    if draft_model is not None:
+        settings["assistant"] = load_model(draft_model, dtype)[1:]
     load_s = time.perf_counter() - start
     messages = [{"role": "user", "content": text}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    timing = Timing(len(generator.encode(messages)))
+    if prompt_cache_file is not None:
+        kind = prompt_cache_settings(prompt_cache_file, generator, messages, kind)
+    settings |= kind
+    timing = Timing(len(generator.encode(messages)), at_once=(num_beams or 1) > 1)
     print_answer(timing.watch(generator.stream(messages, seed, **settings)))
     if stats:
         say(timing.report(load_s))
+
+
+def read_json_schema(path: Path):
+    """The Grammar of a JSON schema in a file."""
+    from phi3_jax.text.guided import Grammar
+
+    text = path.read_text(encoding="utf-8")
+    try:
+        return Grammar.from_json_schema(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def check_drafts(options: dict[str, Any]) -> None:
+    """Refuses what does not go with the ways to guess tokens, which are the first two options."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1 and given[0] in list(options)[:2]:
+        raise UserError(f"{given[0]} and {given[1]} do not go together: leave one of them out")
+
+
+def prompt_cache_settings(
+    path: Path, generator, messages: list[dict[str, str]], kind: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings with which the prompt in a file is used; without a file, these messages are
+    computed, kept as `kind` says and written there.
+    """
+    from phi3_jax.cache import Quantized
+    from phi3_jax.generation.prompt_cache import PromptCache
+
+    if not path.exists():
+        cache = generator.cache_prompt(messages, **kind)
+        cache.save(path)
+        return {"cache": cache}
+    cache = PromptCache.load(path, generator.model)
+    if kind and not isinstance(cache.cache.k_LBSKH, Quantized):
+        raise UserError(
+            f"{path} has keys and values that are not in 8 bits; leave out --kv-bits, or name "
+            "another file"
+        )
+    # Of a cache that is of no use, the new one would not take its kind.
+    original_max = generator.model.config.original_max_position_embeddings
+    return {"cache": cache} if cache.reusable(generator.encode(messages), original_max) else kind
 
 
 def chat(
@@ -193,6 +279,9 @@ def chat(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     system: System = None,
@@ -200,7 +289,14 @@ def chat(
     stats: Stats = False,
 ) -> None:
     """A conversation; !help lists what can be typed besides messages."""
-    settings = given_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    settings = given_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     start = time.perf_counter()
     generator = load_generator(model, dtype, cache_length)
     load_s = time.perf_counter() - start

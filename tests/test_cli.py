@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from safetensors import safe_open
 
 from phi3_jax import cli
 
@@ -58,9 +59,128 @@ def test_generate_options_reach_generation(run):
     assert "Paris" in cold
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What reaches a TextGenerator that says nothing: (messages, seed, settings) of each call."""
+    calls = []
+
+    class Silent:
+        model = "model"
+
+        def encode(self, messages):
+            return [1, 2]
+
+        def stream(self, messages, seed, **settings):
+            calls.append((messages, seed, settings))
+            yield ""
+
+    monkeypatch.setattr(cli, "load_generator", lambda *arguments: Silent())
+    monkeypatch.setattr(cli, "load_model", lambda model, dtype: (model, f"{model}/{dtype}", "p"))
+    return calls
+
+
+SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.2}
+
+
+def as_options(settings):
+    return [word for name, value in settings.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+
+
+def test_options_are_settings_of_generation(run, asked, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "integer"}')
+    common = {"max_new_tokens": 7, "num_beams": 4, "max_time": 2.5, **SAMPLING}
+    more = ["--stop", "a b", "--stop", "c", "--kv-bits", "8", "--seed", "9"]
+    assert run(cli.generate_command, "hi", *as_options(common), *more, "--system", "s")[0] == 0
+    ((messages, seed, settings),) = asked
+    assert [message["content"] for message in messages] == ["s", "hi"] and seed == 9
+    assert settings == {
+        **common,
+        "stop_strings": ["a b", "c"],
+        "cache_implementation": "quantized",
+    }
+    assert run(cli.generate_command, "hi")[0] == 0 and asked[1][2] == {}
+    assert run(cli.chat_command, *as_options(SAMPLING), stdin="hi")[0] == 0
+    assert asked[2][2] == SAMPLING
+    draft = ["--draft-model", "small", "--num-draft-tokens", "5", "--dtype", "float32"]
+    assert run(cli.generate_command, "hi", "--num-beams", "1", *draft)[0] == 0
+    wanted = {"assistant": ("small/float32", "p"), "num_assistant_tokens": 5, "num_beams": 1}
+    assert asked[3][2] == wanted
+    assert run(cli.generate_command, "hi", "--prompt-lookup-num-tokens", "6")[0] == 0
+    assert asked[4][2] == {"prompt_lookup_num_tokens": 6}
+
+
+DRAFT, LOOKUP = ["--draft-model", "m"], ["--prompt-lookup-num-tokens", "3"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--kv-bits", "4"], "--kv-bits is 4, and --kv-bits 8 is all"),
+        (["--num-draft-tokens", "3"], "give --draft-model too"),
+        ([*DRAFT, *LOOKUP], "--draft-model and --prompt-lookup-num-tokens do not"),
+        ([*LOOKUP, "--json-schema", "f"], "--prompt-lookup-num-tokens and --json-schema do not"),
+        ([*DRAFT, "--num-beams", "2"], "--draft-model and --num-beams do not"),
+        (["--prompt-cache-file", "no/such/file"], "'no/such/file' is in a folder that does not"),
+        (["--prompt-cache-file", "."], "'.' is a directory"),
+    ],
+)
+def test_faults_are_said_before_a_model_is_loaded(run, monkeypatch, options, words):
+    monkeypatch.setattr(cli, "load_generator", lambda *_: pytest.fail("loaded"))
+    status, out, err = run(cli.generate_command, "hi", *options)
+    assert status == 1 and not out and words in err
+
+
+def test_answers_follow_a_schema(run, tmp_path):
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Oslo"]}}}
+    schema.write_text(json.dumps({**city, "required": ["city"], "additionalProperties": False}))
+    status, out, _ = run(cli.generate_command, QUESTION, "--json-schema", str(schema))
+    assert status == 0 and json.loads(out)["city"] in ("Paris", "Oslo")
+    schema.write_text('{"type": "town"}')
+    status, out, err = run(cli.generate_command, QUESTION, "--json-schema", str(schema))
+    assert status == 1 and not out and f"{schema}: the grammar is not valid" in err
+
+
+def test_a_prompt_is_kept_in_a_file(run, tmp_path):
+    arguments = [QUESTION, "--prompt-cache-file", str(tmp_path / "cache")]
+    first = run(cli.generate_command, *arguments)
+    written = (tmp_path / "cache").stat().st_mtime_ns
+    assert "Paris" in first[1] and run(cli.generate_command, *arguments)[1] == first[1]
+    assert (tmp_path / "cache").stat().st_mtime_ns == written
+    status, _, err = run(cli.generate_command, *arguments, "--kv-bits", "8")
+    assert status == 1 and "cache has keys and values that are not in 8 bits" in err
+    arguments[-1] += "-8"
+    for _ in range(2):
+        assert run(cli.generate_command, *arguments, "--kv-bits", "8")[1] == first[1]
+    with safe_open(arguments[-1], framework="np") as file:
+        assert file.metadata()["quantized"] == "true"
+
+
+def test_a_kept_prompt_of_no_use_leaves_the_kind_of_cache_asked_for(tmp_path):
+    generator = cli.load_generator(None, "auto", None)
+    asked = [{"role": "user", "content": "hi"}]
+    kind = {"cache_implementation": "quantized"}
+    for messages, names in (
+        (asked, ["cache"]),
+        (asked, ["cache"]),
+        ([{"role": "system", "content": "s"}, *asked], ["cache_implementation"]),
+    ):
+        settings = cli.prompt_cache_settings(tmp_path / "kept", generator, messages, kind)
+        assert list(settings) == names
+
+
+def test_what_beams_took_is_said_together(run, asked):
+    assert "s together" in run(cli.generate_command, QUESTION, "--num-beams", "2", "--stats")[2]
+    assert "s together" not in run(cli.generate_command, QUESTION, "--stats")[2]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["hi", "--json-schema", "no/such-file"], "no/such-file"),
         (["hi", "--model", "no/such-folder-here-at-all/x"], "no/such-folder"),
         (["hi", "--temperature", "-1"], "temperature is -1"),
         (["hi", "--cache-length", "3"], "leaves none for an answer"),

@@ -20,12 +20,19 @@ class PieceText:
     """
 
     def __init__(self, leading_spaces: int):
-        self._leading_spaces = leading_spaces  # still to be dropped from the front of the text
+        self.leading_spaces = leading_spaces  # still to be dropped from the front of the text
         self._run = bytearray()
 
-    def put(self, token: str) -> str:
+    @staticmethod
+    def bytes_of(token: str) -> bytes:
+        """The bytes that a token has inside a text."""
         if byte := _BYTE_PIECE.fullmatch(token):
-            self._run.append(int(byte[1], 16))
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode("utf-8")
+
+    def put(self, token: str) -> str:
+        if _BYTE_PIECE.fullmatch(token):
+            self._run += self.bytes_of(token)
             return ""
         return self._strip(self._end_run() + token.replace("\u2581", " "))
 
@@ -41,25 +48,32 @@ class PieceText:
             return "\ufffd" * len(run)
 
     def _strip(self, text: str) -> str:
-        while text and self._leading_spaces:
+        while text and self.leading_spaces:
             if text[0] != " ":
-                self._leading_spaces = 0
+                self.leading_spaces = 0
                 break
             text = text[1:]
-            self._leading_spaces -= 1
+            self.leading_spaces -= 1
         return text
 
 
 class ByteLevelText:
     """Text of byte-level BPE tokens: each character of a token stands for one byte."""
 
+    leading_spaces = 0
+
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def put(self, token: str) -> str:
+    @staticmethod
+    def bytes_of(token: str) -> bytes:
+        """The bytes that a token has inside a text."""
         if all(char in _BYTE_OF_CHAR for char in token):
-            return self._decoder.decode(bytes(_BYTE_OF_CHAR[char] for char in token))
-        return self._decoder.decode(token.encode("utf-8"))
+            return bytes(_BYTE_OF_CHAR[char] for char in token)
+        return token.encode("utf-8")
+
+    def put(self, token: str) -> str:
+        return self._decoder.decode(self.bytes_of(token))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -1,5 +1,6 @@
 """Text to token ids and back, single texts and conversations."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -40,6 +41,7 @@ class Tokenizer:
         self.unk_token_id = self._named_id("unk_token")
         self.pad_token_id = self._named_id("pad_token")
         self.chat_template = chat_template
+        self._token_bytes: dict[int, tuple[bytes, ...]] = {}
         # As in transformers, a post-processor in tokenizer.json is believed before the config.
         believed = vocabulary.adds_special_tokens
         self._head = self._framing("bos_token") if add_bos and not believed else []
@@ -189,6 +191,25 @@ class Tokenizer:
         """The token of an id as the vocabulary spells it, None where the id is no token's."""
         return self._tokens.get(id)
 
+    def token_bytes(self, vocab_size: int) -> tuple[bytes, ...]:
+        """The bytes that each of the ids below vocab_size has inside a text, b"" for no token's.
+
+        Special tokens have their names. A token may be part of a character, so that only the bytes
+        of several are a text in UTF-8; decode() also drops `leading_spaces` from its front.
+        """
+        if vocab_size not in self._token_bytes:
+            text = self._vocabulary.new_text()
+            self._token_bytes[vocab_size] = tuple(
+                text.bytes_of(self._tokens[id]) if id in self._tokens else b""
+                for id in range(vocab_size)
+            )
+        return self._token_bytes[vocab_size]
+
+    @property
+    def leading_spaces(self) -> int:
+        """How many spaces decode() drops from the front of a text, where it has so many."""
+        return self._vocabulary.new_text().leading_spaces
+
     def __len__(self) -> int:
         return len(self._tokens)
 
@@ -219,6 +240,10 @@ class StreamDecoder:
         id = int(id)
         token = self._tokenizer.id_to_token(id)
         return "" if token is None or id in self._skipped else self._text.put(token)
+
+    def peek(self) -> str:
+        """What flush() would return now; bytes to come may still change it."""
+        return copy.deepcopy(self._text).flush()
 
     def flush(self) -> str:
         return self._text.flush()

@@ -236,6 +236,21 @@ def test_phi3s_format_needs_its_tokens(byte_level):
         byte_level.apply_chat_template(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    "text", ["a caf\u00e9 \u4f60\u597d\n\n  x", "<|user|>two words <0x41>", ""]
+)
+def test_bytes_of_tokens_are_the_texts(toys, byte_level, text):
+    for tokenizer in (*toys, byte_level):
+        words, ids = tokenizer.token_bytes(len(tokenizer) + 3), tokenizer.encode(text)
+        joined = b"".join(words[id] for id in ids).decode()
+        dropped = min(tokenizer.leading_spaces, len(joined) - len(joined.lstrip(" ")))
+        assert tokenizer.decode(ids) == joined[dropped:]
+        assert words[-3:] == (b"", b"", b"") and len(words) == len(tokenizer) + 3
+        assert words is tokenizer.token_bytes(len(tokenizer) + 3)
+        assert tokenizer.token_bytes(5) == words[:5]
+    assert [tokenizer.leading_spaces for tokenizer in (*toys, byte_level)] == [1, 1, 0]
+
+
 def test_import_is_light():
     code = (
         "import sys, phi3_jax.text.tokenizer as t; "

@@ -92,10 +92,9 @@ def test_a_decoding_step_has_two_all_reduces_a_layer():
     """Beside them, outside of the layers, the best of each device's share of the vocabulary."""
     model = phi3.Phi3ForCausalLM(config_of((10, 4)), mesh=tensor_mesh(8))
     ids = np.ones((ROWS, 5), np.int32)
-    overrides = {"max_new_tokens": 9}
-    request = prepare(model, init_params(model), ids, None, None, 0, None, overrides)
+    request = prepare(model, init_params(model), ids, max_new_tokens=9)
     request.start()
-    arguments = (request.model, request.params, request.state, request.settings, request.rope)
+    arguments = (request.model, request.params, request.state, request.plan)
     step = collectives(decode_step.lower(*arguments).compile(FAST).as_text())
     loop = collectives(decode_loop.lower(*arguments, np.int32(9)).compile(FAST).as_text())
     assert count(step, depth=1) == count(loop, depth=2) == {"all-reduce": 2}

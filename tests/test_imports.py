@@ -9,16 +9,24 @@ ROOT = Path(__file__).parent.parent
 
 # What each module may import of this repository: itself apart, only what stands in a line before.
 ORDER = [
-    {"phi3_jax.frozen_mapping", "phi3_jax.read_ahead", "phi3_jax.safetensors_files"},
+    {
+        "phi3_jax.frozen_mapping",
+        "phi3_jax.read_ahead",
+        "phi3_jax.safetensors_files",
+        "phi3_jax.timing",
+    },
     {"phi3_jax.rope_parameters"},
     {"phi3_jax.config"},
     {"phi3_jax.folder"},
     {"phi3_jax.processes"},
+    {"phi3_jax.generation.config_checks"},
+    {"phi3_jax.generation.watermarking_config"},
     {"phi3_jax.generation.config"},
     {"phi3_jax.rope", "phi3_jax.sharding"},
     {"phi3_jax.attention_kernels", "phi3_jax.cache", "phi3_jax.loss", "phi3_jax.resize"},
     {"phi3_jax.attention"},
     {"phi3_jax.inputs", "phi3_jax.layers"},
+    {"phi3_jax.outputs"},
     {"phi3_jax.model"},
     {"phi3_jax.classification"},
     {"phi3_jax.hf_format", "phi3_jax.generation"},

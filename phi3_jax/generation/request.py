@@ -1,285 +1,197 @@
-"""One request to generate: checked on the host, then driven through the compiled programs.
+"""Generation as callers know it.
 
-`generate` leaves the steps to the compiled loop, `stream` makes them one by one; both are the same
-step, so they choose the same tokens.
+`generate` returns when all tokens are there, `stream` gives them one by one; both drive the same
+steps (driver.py), so they choose the same tokens.
 """
 
-import dataclasses
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from phi3_jax.generation.config import SAMPLING_SETTINGS, GenerationConfig
-from phi3_jax.generation.decoding import (
-    bucket,
-    crossing_rows,
-    decode_loop,
-    decode_step,
-    empty_cache,
-    first_state,
-    goes_on,
-    prefill,
-)
-from phi3_jax.generation.processors import Settings
-from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.rope import RopeTables, rope_tables
-from phi3_jax.sharding import mesh_of, replicate
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """What `generate` returns.
-
-    Attributes:
-      sequences: int32 numpy [B, prompt width + new tokens], prompt and continuation, left-padded
-        as the prompt was; finished rows end in padding.
-    """
-
-    sequences: np.ndarray
-
-
-@dataclass
-class Request:
-    """A checked request on its way: host arrays, and the state on the devices."""
-
-    model: nn.Module
-    params: Any
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    max_new_tokens: int
-    settings: Settings
-    rope: RopeTables
-    capacity: int
-    seed: int
-    state: Any = None  # a DecodeState, from start() on
-
-    def start(self) -> None:
-        """Runs the prompt and chooses the first token."""
-        batch = len(self.input_ids)
-        mesh = self.model.mesh
-        cache = empty_cache(self.model, batch, self.capacity)
-        logits_BV, cache = self._prefill(self.input_ids, self.attention_mask, cache)
-        tokens_B = self.attention_mask.sum(axis=1, dtype=np.int32)
-        long_B = tokens_B > self.model.config.original_max_position_embeddings
-        placed = replicate((long_B, tokens_B, self._seen(), self.settings), mesh)
-        key = jax.random.key(self.seed)
-        self.settings = placed[-1]
-        self.state = first_state(logits_BV, cache, *placed, key, mesh)
-
-    def _seen(self) -> np.ndarray | None:
-        """Which ids each row of the prompt holds, where that is asked for."""
-        if self.settings.repetition_penalty is None:
-            return None
-        seen_BV = np.zeros((len(self.input_ids), self.model.config.vocab_size), bool)
-        rows, columns = np.nonzero(self.attention_mask)
-        seen_BV[rows, self.input_ids[rows, columns]] = True
-        return seen_BV
-
-    def _prefill(self, ids_BT, mask_BT, cache, length=None):
-        width = bucket(ids_BT.shape[1])
-        right = ((0, 0), (0, width - ids_BT.shape[1]))
-        length = np.int32(ids_BT.shape[1] if length is None else length)
-        arguments = (np.pad(ids_BT, right), np.pad(mask_BT, right), length)
-        placed = replicate(arguments, self.model.mesh)
-        return prefill(self.model, self.params, *placed, cache, self.rope)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is another token to choose."""
-        return bool(goes_on(self.state, self.max_new_tokens))
-
-    def step(self) -> None:
-        """Chooses one more token of every row."""
-        self._cross()
-        self.state = decode_step(self.model, self.params, self.state, self.settings, self.rope)
-
-    def run(self) -> None:
-        """Chooses all the tokens that are left, inside compiled loops."""
-        limit = np.int32(self.max_new_tokens)
-        while self.goes_on:
-            self._cross()
-            self.state = decode_loop(
-                self.model, self.params, self.state, self.settings, self.rope, limit
-            )
-
-    def _cross(self) -> None:
-        """Computes the rows anew, with the long factors, that the next token makes long."""
-        if not self.model.config.is_longrope:
-            return
-        rows_B = np.asarray(crossing_rows(self.model.config, self.state))
-        if not rows_B.any():
-            return
-        ids_BT = self.sequences
-        new = np.ones((len(ids_BT), ids_BT.shape[1] - self.input_ids.shape[1]), bool)
-        mask_BT = np.concatenate([self.attention_mask, new], axis=1) & rows_B[:, None]
-        # The token chosen last is part of what makes the row long; the cache is cut before
-        # it, since the next step runs it.
-        length = ids_BT.shape[1] - 1
-        _, cache = self._prefill(ids_BT, mask_BT, self.state.cache, length)
-        long_B = self.state.long_B | rows_B
-        self.state = dataclasses.replace(self.state, cache=cache, long_B=long_B)
-
-    @property
-    def sequences(self) -> np.ndarray:
-        """Prompt and tokens chosen so far, int32 [B, T]."""
-        new = np.asarray(self.state.new_BS)[:, : int(self.state.step)]
-        return np.concatenate([self.input_ids, new], axis=1)
+from phi3_jax.cache import KVCache
+from phi3_jax.generation.beam_request import BeamRequest
+from phi3_jax.generation.config import GenerationConfig
+from phi3_jax.generation.driver import Criterion, Request
+from phi3_jax.generation.outputs import GenerateResult
+from phi3_jax.generation.prepare import Assistant, prepare
+from phi3_jax.generation.prompt_cache import PromptCache
+from phi3_jax.generation.settings import LogitsProcessor
 
 
 def generate(
     model: nn.Module,
     params: Any,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    streamer: Any = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
+    stopping_criteria: Sequence[Criterion] = (),
+    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
+    assistant: Assistant | None = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
+    tokenizer: Any = None,
+    *,
+    grammar: Any = None,
+    cache: KVCache | PromptCache | None = None,
+    custom_generate: Callable[[Request], Any] | None = None,
+    use_model_defaults: bool = True,
     **generation_overrides: Any,
 ) -> GenerateResult:
-    """Continues prompts, greedily or by sampling, inside one compiled loop.
+    """Continues prompts, by the strategy that the settings ask for.
+
+    num_beams > 1 searches with beams, do_sample draws, neither takes the likeliest token; an
+    `assistant` or prompt_lookup_num_tokens guesses tokens ahead, and guidance_scale draws the
+    prompts away from negative ones. The tokens are chosen inside compiled loops. Where Python has
+    a part in it (streamer, stopping_criteria, prefix_allowed_tokens_fn, grammar, outputs), the
+    same steps are called one by one.
 
     Args:
       model: a Phi3ForCausalLM.
       params: its parameters.
-      input_ids: integers [B, T]; rows shorter than T are padded on the left.
+      input_ids: integers [B, T]; rows shorter than T are padded on the left. None for one row of
+        bos_token_id.
       attention_mask: [B, T], 1 for tokens, 0 for padding; by default all are tokens, unless the
         padding id occurs and is no end id (the reference's rule).
       generation_config: settings laid over those of the model's folder.
       seed: of sampling; the same seed gives the same tokens.
       mesh: where to compute; by default where the parameters are.
+      streamer: has put(ids) and end(): gets the prompt, then each token; one row and no beams.
+      logits_processor: functions f(tokens [B, S], lengths [B], logits [B, V]) -> logits, traced by
+        jax into the step. Row b holds tokens[b, :lengths[b]] without padding, -1 behind them.
+        Another function object compiles another program.
+      stopping_criteria: functions f(sequences, scores) -> bool or bool [B], called on the host with
+        the ids so far, padding included, and the scores if they are asked for (else None); in
+        assisted generation once a round, as in the reference.
+      prefix_allowed_tokens_fn: f(row of input_ids, its tokens without padding) -> ids that may
+        follow.
+      assistant: (model, params) of a draft model with the same vocabulary, on the same mesh.
+      negative_prompt_ids, negative_prompt_attention_mask: for guidance_scale, [B or 1, any
+        width]; by default the last token of each prompt.
+      tokenizer: needed for stop_strings, token_healing and grammar.
+      grammar: a phi3_jax.Grammar, what the new tokens of every row have to spell.
+      cache: of an earlier result, or a PromptCache, that holds the first columns of input_ids;
+        those are not computed again. It stays as it is.
+      custom_generate: takes the place of the strategy: gets the checked request (driver.Request:
+        start(), step(), run(), result()), and what it returns is returned.
+      use_model_defaults: False leaves out the settings of the model's folder.
       **generation_overrides: any field of GenerationConfig, laid over both.
 
     Raises:
       ValueError: before anything runs, for ids outside the vocabulary, padding on the right, an
-        unknown setting, or a request that does not fit max_cache_len.
+        unknown setting, settings that contradict one another, or a request that does not fit
+        max_cache_len.
     """
-    request = prepare(
-        model, params, input_ids, attention_mask, generation_config, seed, mesh,
-        generation_overrides,
+    if streamer is not None and custom_generate is not None:
+        raise ValueError(
+            "custom_generate chooses the tokens, and only it could put them into a streamer: "
+            "leave the streamer out, or let custom_generate hold it"
+        )
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer is a {type(streamer).__name__}, must have put(ids) and end()")
+    if custom_generate is not None and not callable(custom_generate):
+        raise ValueError("custom_generate must be a function; no code is loaded from the hub")
+    prepared = functools.partial(
+        prepare, model, params, input_ids, attention_mask, generation_config, seed, mesh,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        assistant=assistant,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
+        tokenizer=tokenizer,
+        grammar=grammar,
+        cache=cache,
+        use_model_defaults=use_model_defaults,
+        **generation_overrides,
     )  # fmt: skip
+    if streamer is not None:
+        return _streamed(prepared, streamer)
+    request = prepared()
+    if custom_generate is not None:
+        return custom_generate(request)
     request.start()
     request.run()
-    return GenerateResult(sequences=request.sequences)
+    return request.result()
+
+
+def _streamed(prepared: Callable[[], Request], streamer: Any) -> GenerateResult:
+    try:
+        request = prepared()
+        if len(request.input_ids) > 1 or isinstance(request, BeamRequest):
+            raise ValueError(
+                "a streamer takes one row, token by token: give one prompt, num_beams=1 and "
+                "num_return_sequences=1, or leave the streamer out"
+            )
+        streamer.put(request.input_ids)
+        for token_B in request.tokens():
+            streamer.put(token_B)
+    except BaseException as error:
+        # Who waits for text in another thread is to hear of it.
+        if hasattr(streamer, "fail"):
+            streamer.fail(error)
+        raise
+    streamer.end()
+    return request.result()
 
 
 def stream(
     model: nn.Module,
     params: Any,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
-    **generation_overrides: Any,
+    **arguments: Any,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, each as soon as it is chosen: int32 [B] a step.
 
-    Arguments and errors as in `generate`; a request is checked when `stream` is called.
+    Arguments and errors as in `generate`, without streamer and custom_generate, and beams are
+    refused; a request is checked when `stream` is called.
     """
     request = prepare(
-        model, params, input_ids, attention_mask, generation_config, seed, mesh,
-        generation_overrides,
-    )  # fmt: skip
-
-    def tokens():
-        request.start()
-        yield np.asarray(request.state.token_B)
-        while request.goes_on:
-            request.step()
-            yield np.asarray(request.state.token_B)
-
-    return tokens()
-
-
-def prepare(
-    model, params, input_ids, attention_mask, generation_config, seed, mesh, overrides
-) -> Request:
-    """Everything that can be refused is refused here, on the host."""
-    if not isinstance(model, Phi3ForCausalLM):
-        raise ValueError(
-            f"{type(model).__name__} has no head to generate with: Phi3ForCausalLM has"
-        )
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, must be in [0, 2**63)")
-    config = model.config
-    settings = GenerationConfig.from_model_config(config)
-    given = GenerationConfig.from_call(overrides)
-    for layer in (model.generation_config, generation_config, given):
-        settings = settings if layer is None else layer.over(settings)
-    settings.check()
-    if not settings.do_sample and (idle := sorted(given.given & set(SAMPLING_SETTINGS))):
-        warnings.warn(f"{', '.join(idle)}: no effect without do_sample=True", stacklevel=3)
-
-    input_ids, attention_mask = _checked_prompt(config, settings, input_ids, attention_mask)
-    prompt = input_ids.shape[1]
-    max_new_tokens = settings.new_tokens(prompt, config.max_position_embeddings)
-    needed = prompt + max_new_tokens
-    room = settings.max_cache_len
-    if room is not None and needed > room:
-        way = f"ask for at most {room - prompt} new tokens" if prompt < room else "shorten it"
-        raise ValueError(
-            f"a prompt of {prompt} tokens and {max_new_tokens} new ones need {needed} places, and "
-            f"the cache has {room}; {way}, or make a longer cache"
-        )
-    capacity = bucket(room or needed)
-    home = mesh_of(params)
-    mesh = mesh or model.mesh
-    if mesh is not None and home != mesh and (home is not None or mesh.size > 1):
-        place = "one device" if home is None else f"the mesh {dict(home.shape)}"
-        raise ValueError(
-            f"the parameters are on {place}, not on the mesh {dict(mesh.shape)}; load them with "
-            "from_pretrained(..., mesh=mesh), or lay them out with shard_params"
-        )
-    mesh = home
-    return Request(
-        # The folder's settings are in `settings` now; without them the program is the same for all.
-        model=model.clone(generation_config=None, mesh=mesh),
-        params=params,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        settings=Settings.of(settings, config.vocab_size),
-        rope=replicate(rope_tables(config, capacity), mesh),
-        capacity=capacity,
-        seed=seed,
+        model, params, input_ids, attention_mask, generation_config, seed, mesh, **arguments
     )
+    if isinstance(request, BeamRequest):
+        raise ValueError("beams are known when all are there; use generate, or num_beams=1")
+    return request.tokens()
 
 
-def _checked_prompt(config, settings, input_ids, attention_mask):
-    try:
-        ids = np.asarray(input_ids)
-    except ValueError:  # rows of unequal length
-        ids = np.empty(0)
-    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+def make_prompt_cache(
+    model: nn.Module,
+    params: Any,
+    input_ids: Any,
+    mesh: Mesh | None = None,
+    **settings: Any,
+) -> PromptCache:
+    """Computes a prompt once, for all prompts that begin with it: `generate(..., cache=)`.
+
+    Args:
+      model, params, mesh: as in `generate`.
+      input_ids: integers [1, T] without padding.
+      **settings: those of GenerationConfig that say how a prompt is computed and kept
+        (cache_implementation, prefill_chunk_size).
+
+    Raises:
+      ValueError: for more than one row, and as `generate`.
+    """
+    settings = {"max_new_tokens": 1, "eos_token_id": None, **settings}
+    ones = np.ones(np.shape(input_ids), bool)
+    request = prepare(
+        model, params, input_ids, ones, mesh=mesh, use_model_defaults=False, **settings
+    )
+    if len(request.input_ids) != 1:
         raise ValueError(
-            f"input_ids has shape {ids.shape} and dtype {ids.dtype}, expected whole numbers "
-            "[batch, tokens] with at least one token; pad shorter rows on the left"
+            f"a prompt cache holds one row, input_ids have {len(request.input_ids)}; give the "
+            "tokens that the prompts share as one row"
         )
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        bad = ids[(ids < 0) | (ids >= config.vocab_size)][0]
-        raise ValueError(
-            f"input_ids holds {bad}, outside the vocabulary of {config.vocab_size}; "
-            "does the tokenizer belong to this model?"
-        )
-    pad_id = settings.pad_token_id
-    if attention_mask is None and pad_id is not None and pad_id not in settings.eos_token_ids:
-        attention_mask = ids != pad_id
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {mask.shape}, expected that of input_ids, {ids.shape}"
-        )
-    for row, last in enumerate(mask[:, -1]):
-        if not last:
-            what = "padding on the right" if mask[row].any() else "no token at all"
-            raise ValueError(
-                f"row {row} of the prompt has {what}; rows must hold a token in their last "
-                "column: pad on the left"
-            )
-    return ids.astype(np.int32), mask
+    _, cache, _ = request.run_prompt()
+    return PromptCache(cache, request.input_ids[0], model.config)

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import phi3_jax as phi3
 from phi3_jax.cache import KVCache
 from phi3_jax.generation.config import GenerationConfig
-from phi3_jax.generation.decoding import decode_step, first_state
-from phi3_jax.generation.processors import Settings
+from phi3_jax.generation.decoding import Plan, Wanted, decode_step, first_state
+from phi3_jax.generation.settings import Past, Settings
 from phi3_jax.rope import rope_tables
 from phi3_jax.sharding import abstract_params
 
@@ -66,15 +66,19 @@ def test_a_decoding_step_has_two_all_reduces_a_layer(tpu_mesh, member):
         cache = KVCache.init(config, rows, slots, jnp.bfloat16, mesh)
         logits_BV = jnp.zeros((rows, config.vocab_size), jnp.float32)
         row_B, key = jnp.zeros(rows, jnp.int32), jax.random.key(0)
-        return first_state(logits_BV, cache, row_B > 0, row_B, None, settings, key, mesh)
+        plan = Plan(settings, rope_tables(config, slots))
+        past = Past(jnp.zeros((), jnp.int32))
+        return first_state(
+            logits_BV, cache, row_B > 0, row_B, past, None, plan, key, None, slots, mesh, Wanted()
+        )[0]
 
     state = everywhere(jax.eval_shape(start), mesh)
     over_heads = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor", None))
     cut = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_heads)  # noqa: E731
     k_LBSKH, v_LBSKH = cut(state.cache.k_LBSKH), cut(state.cache.v_LBSKH)
     state = state.replace(cache=state.cache.replace(k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH, filled=True))
-    settings, rope = everywhere((settings, rope_tables(config, slots)), mesh)
-    compiled = decode_step.lower(model, abstract_params(model), state, settings, rope).compile()
+    plan = everywhere(Plan(settings, rope_tables(config, slots)), mesh)
+    compiled = decode_step.lower(model, abstract_params(model), state, plan).compile()
     found = collectives(compiled.as_text())
     assert count(found, depth=1) == {"all-reduce": 2}
     assert count(found, depth=0) == {"all-reduce": 1, "all-gather": 2}

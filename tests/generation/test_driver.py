@@ -72,8 +72,7 @@ def test_criteria_end_all_rows_or_some():
     assert seen == [((2, width), None) for width in (6, 7, 8)]
 
     end = tail(free)[0, 4]
-    first = [np.flatnonzero(row == end).tolist() + [20] for row in tail(free)]
-    first = [stops[0] + 1 for stops in first]
+    first = [[*np.flatnonzero(row == end), 19][0] + 1 for row in tail(free)]
     assert first[0] != first[1]
     scores_seen = []
     result = generate(

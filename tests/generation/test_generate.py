@@ -155,7 +155,7 @@ def test_eight_bits_a_number():
     close(logits[:, 0], expected[:, 0])
     off = (logits - expected)[:, 1:].std(axis=-1) / expected[:, 1:].std(axis=-1)
     assert 0 < off.mean() < 0.06
-    assert (generate().sequences == result.sequences)[:, : max(LENGTHS) + 2].all()
+    assert (new == expected.argmax(axis=-1)).mean() > 0.8
 
 
 @pytest.mark.parametrize("kind", [None, "sliding_window"])

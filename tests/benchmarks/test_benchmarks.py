@@ -49,3 +49,12 @@ def test_make_checkpoint_and_convert(tmp_path, monkeypatch):
     for word in ("plain copy", "to-orbax", "to-hf", "verify", "peak RSS"):
         assert word in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], "what it writes is removed"
+
+
+def test_generate(monkeypatch, capsys):
+    small = ["--layers", "1", "--tokens", "3", "--prompt", "5", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["generate", *small, "--only", "sampling;num_beams=4"])
+    runpy.run_path(str(ROOT / "benchmarks" / "generate.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for name in ("bare loop", "plain", "sampling", "num_beams=4"):
+        assert f"\n{name} " in out

@@ -36,10 +36,10 @@ from phi3_jax.generation.decoding import (
     goes_on,
     guide,
     readable,
+    settled,
 )
 from phi3_jax.generation.settings import Past
 from phi3_jax.rope import rows_are_long
-from phi3_jax.sharding import constrain
 
 
 @flax.struct.dataclass
@@ -351,13 +351,3 @@ def _take_within(cache: KVCache, parent_IM: jax.Array) -> KVCache:
         return jnp.take_along_axis(grouped, index, axis=axis + 1).reshape(x.shape)
 
     return cache.mapped(take)
-
-
-def settled(state: BeamState, mesh: Mesh | None) -> BeamState:
-    """The state in the one layout that every step takes and gives (`settled` of decoding.py)."""
-    names = ("position_R", "long_R", "running", "finished", "open_I")
-    arrays = readable({name: getattr(state, name) for name in names}, mesh)
-    rows = lambda x: constrain(x, *["batch", None, None][: x.ndim], mesh=mesh)  # noqa: E731
-    past, stop_B = jax.tree.map(rows, (state.past, state.stop_B))
-    cache = state.cache.settled(mesh)
-    return dataclasses.replace(state, **arrays, past=past, stop_B=stop_B, cache=cache)

@@ -35,11 +35,7 @@ class BeamRequest(Request):
     def start(self) -> None:
         """Runs the prompt and chooses the first token of every beam."""
         logits_RV, cache, outputs = self.run_prompt()
-        rows = self.rows.spread
-        tokens_R = self.rows.mask.sum(axis=1, dtype=np.int32)[rows]
-        long_R = tokens_R > self.model.config.original_max_position_embeddings
-        host = (long_R, tokens_R, self.past, self.stop_B, self.allowed())
-        *placed, allowed_BW = replicate(host, self.mesh)
+        *placed, allowed_BW = self.first_rows()
         self.state, found, chosen = first_candidates(
             logits_RV, cache, *placed, self.plan, self.search, random_key(self.seed),
             allowed_BW, self.cached.columns, self.mesh, self.wanted,

@@ -343,13 +343,16 @@ def readable(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim, mesh=mesh), tree)
 
 
-def settled(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """The state in the one layout that every step takes and gives, so that none compiles twice.
+def settled(state: Any, mesh: Mesh | None) -> Any:
+    """A DecodeState or BeamState in the one layout that every step takes and gives, so that none
+    compiles twice.
 
-    What the driver reads is on every device: each process's host can see it.
+    What the driver reads, all but the fields named here, is on every device: each process's host
+    can see it.
     """
-    everywhere = ("token_B", "position_R", "long_R", "done_B", "new_BS")
-    arrays = readable({name: getattr(state, name) for name in everywhere}, mesh)
+    names = {field.name for field in dataclasses.fields(state)}
+    names -= {"cache", "past", "stop_B", "key"}
+    arrays = readable({name: getattr(state, name) for name in sorted(names)}, mesh)
     rows = lambda x: constrain(x, *["batch", None, None][: x.ndim], mesh=mesh)  # noqa: E731
     past, stop_B = jax.tree.map(rows, (state.past, state.stop_B))
     cache = state.cache.settled(mesh)

@@ -161,17 +161,22 @@ class Request:
     def start(self) -> None:
         """Runs the prompt and chooses the first token."""
         logits_RV, cache, outputs = self.run_prompt()
-        rows = self.rows.spread
-        tokens_R = self.rows.mask.sum(axis=1, dtype=np.int32)[rows]
-        long_R = tokens_R > self.model.config.original_max_position_embeddings
-        host = (long_R, tokens_R, self.past, self.stop_B, self.allowed())
-        *placed, allowed_BW = replicate(host, self.mesh)
+        *placed, allowed_BW = self.first_rows()
         self.state, chosen = first_state(
             logits_RV, cache, *placed, self.plan, random_key(self.seed), allowed_BW,
             self.cached.columns, self.mesh, self.wanted,
         )  # fmt: skip
         outputs = dataclasses.replace(outputs, scores=chosen.scores, logits=chosen.logits)
         self.after_step(outputs)
+
+    def first_rows(self) -> tuple[Any, ...]:
+        """What the first state needs to know of the rows: which are long, the position of their
+        next token, the past, how far they are into a stop string, and what they may begin with.
+        """
+        tokens_R = self.rows.mask.sum(axis=1, dtype=np.int32)[self.rows.spread]
+        long_R = tokens_R > self.model.config.original_max_position_embeddings
+        host = (long_R, tokens_R, self.past, self.stop_B, self.allowed())
+        return replicate(host, self.mesh)
 
     def run_prompt(self) -> tuple[jax.Array, KVCache, StepOutputs]:
         """Logits [R, V] after the prompts, their cache, and outputs, spread to continuations."""

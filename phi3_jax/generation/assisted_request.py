@@ -12,7 +12,7 @@ import numpy as np
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.decoding import empty_cache
 from phi3_jax.generation.driver import Request
-from phi3_jax.generation.settings import Past
+from phi3_jax.generation.settings import Past, aligned_left
 from phi3_jax.generation.speculative import (
     AssistedState,
     Drafter,
@@ -104,9 +104,7 @@ class AssistedRequest(Request):
         ids_BT, mask_BT = self.cache_rows
         batch = len(self.input_ids)
         ids_BT, mask_BT = ids_BT[:batch], mask_BT[:batch]
-        rows, columns = np.nonzero(mask_BT)
-        tokens_BS = np.full((batch, self.cached.columns), -1, np.int32)
-        tokens_BS[rows, (np.cumsum(mask_BT, axis=1) - 1)[rows, columns]] = ids_BT[rows, columns]
+        tokens_BS = aligned_left(ids_BT, mask_BT, self.cached.columns)
         length_B = mask_BT.sum(axis=1, dtype=np.int32)
         return replicate(Past(np.int32(1), tokens_BS, length_B), self.mesh)  # ty: ignore
 

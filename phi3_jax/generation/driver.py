@@ -32,6 +32,7 @@ from phi3_jax.generation.decoding import (
     spread,
 )
 from phi3_jax.generation.outputs import GenerateResult
+from phi3_jax.generation.prompt import Rows
 from phi3_jax.generation.settings import Past
 from phi3_jax.rope import RopeTables
 from phi3_jax.sharding import replicate
@@ -62,28 +63,6 @@ def random_key(seed: int) -> jax.Array:
     upper, lower = divmod(seed, 2**32)
     key = jax.random.key(lower)
     return jax.random.fold_in(key, upper) if upper else key
-
-
-@dataclass
-class Rows:
-    """The rows of a cache: prompts, and under guidance their negative prompts.
-
-    Attributes:
-      ids, mask: int32 and bool [R, T], left-padded to one width.
-      copies: how many continuations each prompt gets.
-      batch: prompts among the rows, the first ones.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    batch: int
-    copies: int = 1
-
-    @property
-    def spread(self) -> np.ndarray:
-        """Numbers of the rows as the continuations hold them: each prompt's side by side."""
-        numbers = np.arange(len(self.ids)).reshape(-1, self.batch)
-        return np.repeat(numbers, self.copies, axis=1).reshape(-1).astype(np.int32)
 
 
 @dataclass

@@ -23,8 +23,8 @@ from phi3_jax.generation.beam_request import BeamRequest
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.constraints import All, Constraint, PrefixAllowed
 from phi3_jax.generation.decoding import Plan, Wanted, bucket
-from phi3_jax.generation.driver import Cached, Criterion, Request, Rows
-from phi3_jax.generation.prompt import read_prompt, with_negative_prompts
+from phi3_jax.generation.driver import Cached, Criterion, Request
+from phi3_jax.generation.prompt import Rows, read_prompt, with_negative_prompts
 from phi3_jax.generation.prompt_cache import PromptCache
 from phi3_jax.generation.settings import LogitsProcessor, Past, Settings
 from phi3_jax.generation.stop_strings import StopStrings

@@ -1,11 +1,34 @@
 """What a caller gives to generate from: checked, and laid out as rows of a cache."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.generation.config import GenerationConfig
+
+
+@dataclass
+class Rows:
+    """The rows of a cache: prompts, and under guidance their negative prompts.
+
+    Attributes:
+      ids, mask: int32 and bool [R, T], left-padded to one width.
+      copies: how many continuations each prompt gets.
+      batch: prompts among the rows, the first ones.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    batch: int
+    copies: int = 1
+
+    @property
+    def spread(self) -> np.ndarray:
+        """Numbers of the rows as the continuations hold them: each prompt's side by side."""
+        numbers = np.arange(len(self.ids)).reshape(-1, self.batch)
+        return np.repeat(numbers, self.copies, axis=1).reshape(-1).astype(np.int32)
 
 
 def read_prompt(

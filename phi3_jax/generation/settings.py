@@ -25,6 +25,14 @@ from phi3_jax.generation.watermark import Watermark
 LogitsProcessor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+def aligned_left(ids_BT: np.ndarray, mask_BT: np.ndarray, capacity: int) -> np.ndarray:
+    """The rows' own tokens from column 0 on, -1 behind them: int32 [B, capacity]."""
+    rows, columns = np.nonzero(mask_BT)
+    tokens_BS = np.full((len(ids_BT), capacity), -1, np.int32)
+    tokens_BS[rows, (np.cumsum(mask_BT, axis=1) - 1)[rows, columns]] = ids_BT[rows, columns]
+    return tokens_BS
+
+
 @flax.struct.dataclass
 class Past:
     """What processors know of the rows; None for what no processor asks for.
@@ -65,8 +73,7 @@ class Past:
         length_B = attention_mask.sum(axis=1, dtype=np.int32)
         past: dict[str, Any] = {"step": np.zeros((), np.int32)}
         if settings.needs_tokens:
-            tokens_BS = np.full((len(input_ids), capacity), -1, np.int32)
-            tokens_BS[rows, (np.cumsum(attention_mask, axis=1) - 1)[rows, columns]] = ids
+            tokens_BS = aligned_left(input_ids, attention_mask, capacity)
             past |= {"tokens_BS": tokens_BS, "length_B": length_B}
         if settings.encoder_no_repeat_ngram_size is not None:
             past["prompt_B"] = length_B.copy()

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from phi3_jax.attention import Visible, attend
 from phi3_jax.attention_kernels import SAVED_NAME
 from phi3_jax.config import Phi3Config
+from phi3_jax.gather import gathered
 from phi3_jax.rope import apply_rope
 from phi3_jax.sharding import Names, constrain, padded_shape
 
@@ -163,7 +164,7 @@ class Projection(Part, kw_only=True):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         weight = self.new_param("weight", self.normal(), self.shape, self.names)
         x = x.astype(self.dtype)
-        y = jnp.einsum(self.equation, x, weight.astype(self.dtype))
+        y = self._product(x, weight)
         if not self.has_variable("params", "lora_a"):
             return y
         x_axes, axes, y_axes = self.equation.replace("->", ",").split(",")
@@ -174,6 +175,20 @@ class Projection(Part, kw_only=True):
             x = self._drop(x)
         low = jnp.einsum(f"{x_axes},{axes[:inputs]}r->BTr", x, a)
         return y + jnp.einsum(f"BTr,r{axes[inputs:]}->{y_axes}", low, b)
+
+    def _product(self, x: jax.Array, weight: Any) -> jax.Array:
+        """x W."""
+        multiply = partial(jnp.einsum, self.equation)
+        if not isinstance(weight, jax.Array):
+            return multiply(x, weight.astype(self.dtype))  # a quantised one
+        tokens = x.shape[0] * x.shape[1]
+        width = x.size // tokens
+        if tokens * (width + weight.size // width) < weight.size:
+            return multiply(x, weight.astype(self.dtype))  # the activations are less to send
+        whole = lambda weight: gathered(weight, self.dtype, self.names, self.mesh)  # noqa: E731
+        # Nobody keeps the weight whole for the backward pass: it is gathered again.
+        again = jax.checkpoint(lambda x, weight: multiply(x, whole(weight)), prevent_cse=False)
+        return again(x, weight)
 
     def _drop(self, x: jax.Array) -> jax.Array:
         """Dropout whose draw does not depend on the padding of the first input axis."""

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phi3_jax import loss as loss_module
+from phi3_jax import head_loss
 from phi3_jax.loss import causal_lm_loss, cross_entropy
-from phi3_jax.sharding import make_mesh
 
 B, T, D, V = 3, 11, 8, 29
 
@@ -65,14 +64,13 @@ def test_the_logits_of_all_tokens_never_exist():
     assert sizes[11] >= B * T * V > 3 * sizes[2], sizes
 
 
-def test_the_chunk_follows_the_share_of_a_device():
+@pytest.mark.parametrize(
+    "rows, words, columns",
+    [(1, 200_064, 128), (8, 200_064, 20), (2, 100_032, 128), (10**6, 200_064, 1)],
+)
+def test_chunks_fit_the_limit(rows, words, columns):
     """128 MiB of float32 logits: 167 columns of 200,064 words, in whole registers 128."""
-    assert loss_module._chunk(1, 4096, 200_064, None) == 128
-    assert loss_module._chunk(8, 4096, 200_064, None) == 20
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    assert loss_module._chunk(8, 4096, 200_064, mesh) == 128
-    assert loss_module._chunk(8, 64, 200_064, mesh) == 64
-    assert loss_module._chunk(10**6, 4096, 200_064, mesh) == 1
+    assert head_loss._fitting(rows, words) == columns
 
 
 @pytest.mark.parametrize("chunk", [None, 4])

@@ -1,16 +1,62 @@
 """Which key a query sees, and the attention itself. Letters as in model.py."""
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from phi3_jax.attention_kernels import SAVED_NAME, cudnn_attention, splash_attention
 from phi3_jax.cache import Quantized, Stored
-from phi3_jax.sharding import Mesh
+from phi3_jax.sharding import Mesh, logical_spec, named_sharding
+
+# Scores that a device holds at a time, in bytes: those of more queries are computed in pieces.
+SCORE_BYTES = 2**26
+
+# A product with fewer rows than these the TPU's compiler computes without the matrix unit, where
+# the cache's bandwidth is not what binds any more.
+TPU_ROWS = 8
+
+
+@flax.struct.dataclass
+class SeenColumns:
+    """Which keys the queries see by their columns: a mask [T, S] that is made where it is used.
+
+    Attributes:
+      query_BT, key_BS: int32, the columns, [1, T] and [B or 1, S].
+      query_segment_BT, key_segment_BS: int32 or bool [B or 1, ...], seen are keys of the query's
+        own number; None for both: all.
+      window: see `causal_mask`.
+    """
+
+    query_BT: jax.Array
+    key_BS: jax.Array
+    query_segment_BT: jax.Array | None
+    key_segment_BS: jax.Array | None
+    window: int | None = flax.struct.field(pytree_node=False)
+
+    def array(self) -> jax.Array:
+        """The mask, bool [B or 1, 1, 1, T, S]."""
+        seen = causal_mask(self.query_BT[0], self.key_BS, self.window)
+        if self.query_segment_BT is not None and self.key_segment_BS is not None:
+            seen &= self.query_segment_BT[:, :, None] == self.key_segment_BS[:, None, :]
+        return seen[:, None, None]
+
+    def of_queries(self, start: jax.Array, number: int) -> "SeenColumns":
+        """The part of some queries, side by side."""
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, number, axis=1)  # noqa: E731
+        query_BT, segment_BT = jax.tree.map(cut, (self.query_BT, self.query_segment_BT))
+        return dataclasses.replace(self, query_BT=query_BT, query_segment_BT=segment_BT)
+
+
+Mask = jax.Array | SeenColumns
 
 
 @flax.struct.dataclass
@@ -26,7 +72,7 @@ class Visible:
     """
 
     segment_BT: jax.Array | None
-    masks: Sequence[jax.Array]
+    masks: Sequence[Mask]
     window: int | None = flax.struct.field(pytree_node=False)
     implementation: str = flax.struct.field(pytree_node=False)
 
@@ -63,8 +109,8 @@ def document_runs(ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def attend(
     q_BTKGH: jax.Array,
-    keys: Sequence[Stored],
-    values: Sequence[Stored],
+    keys: Sequence[Any],
+    values: Sequence[Any],
     visible: Visible,
     mesh: Mesh | None = None,
     dropout: tuple[float, jax.Array] | None = None,
@@ -73,8 +119,8 @@ def attend(
 
     Args:
       q_BTKGH: queries, grouped by the key-value head that they share.
-      keys, values: pieces [B, S, K, H], attended to as if they were one: the cached ones, and
-        those of this call. Only "xla" takes more than one piece, quantised ones, or dropout.
+      keys, values: pieces, attended to as if they were one: what is cached [B, K, S, H], where
+        there is a cache, and that of this call [B, T, K, H]. Only "xla" takes a cache, or dropout.
       visible: what the queries see.
       mesh: of the model; the fused kernels are laid out on it.
       dropout: rate and key, for the probabilities.
@@ -83,64 +129,145 @@ def attend(
       [B, T, K, G, H] in the dtype of q, and the probabilities [B, K, G, T, S] of "xla", else None.
     """
     if visible.implementation == "xla":
-        out, probs = _attend_xla(q_BTKGH, keys, values, visible.masks, dropout)
+        pieces = [
+            [*(_by_rows(piece, mesh) for piece in cached), new.swapaxes(1, 2)]
+            for *cached, new in (keys, values)
+        ]
+        out, probs = _attend_xla(q_BTKGH, *pieces, visible.masks, mesh, dropout)
         return checkpoint_name(out, SAVED_NAME), probs
-    whole: Any = (*keys, *values)
-    k_BTKH, v_BTKH = whole
+    (k_BTKH,), (v_BTKH,) = keys, values
     arguments = (q_BTKGH, k_BTKH, v_BTKH, visible.segment_BT, visible.window)
     if visible.implementation == "splash":
         return splash_attention(*arguments, mesh), None  # names its results itself
     return checkpoint_name(cudnn_attention(*arguments), SAVED_NAME), None
 
 
-def _attend_xla(q_BTKGH, keys, values, masks, dropout):
+def _by_rows(piece: Stored, mesh: Mesh | None) -> Stored:
+    """A layer of the cache as the cache is held: on a GPU row by row. Unasked, the compiler gives
+    the whole cache the layout that the products would like: a copy at each token (jax 0.10.2).
+    """
+    if isinstance(piece, Quantized):
+        values: Any = _by_rows(piece.values, mesh)
+        return piece._replace(values=values)
+    ask = functools.partial(with_layout_constraint, layouts=Layout((0, 1, 2, 3)))
+    if mesh is not None:  # the compiler cannot cut the request, and would gather the cache for it
+        spec = logical_spec(("batch", "attention_heads", None, None), piece.shape, mesh)
+        ask = jax.shard_map(ask, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return lax.platform_dependent(piece, cuda=ask, default=lambda piece: piece)
+
+
+def _attend_xla(q_BTKGH, keys, values, masks, mesh, dropout):
+    """The attention in pieces of its queries where the scores of all are too many to hold; the
+    probabilities of all are computed only if the caller uses them.
+    """
+    T = q_BTKGH.shape[1]
+    queries = _queries_at_once(q_BTKGH, keys, mesh)
+    out, probs = _mix(q_BTKGH, keys, values, masks, dropout)
+    if queries >= T or dropout is not None:
+        return out, probs
+
+    @jax.checkpoint  # what a backward pass would keep of all the pieces is what is avoided here
+    def piece(start):
+        some = [_of_queries(mask, start, queries) for mask in masks]
+        q_BtKGH = lax.dynamic_slice_in_dim(q_BTKGH, start, queries, axis=1)
+        return _mix(q_BtKGH, keys, values, some, None)[0]
+
+    # The last piece may begin inside of the one before.
+    starts = jnp.minimum(jnp.arange(0, T, queries), T - queries)
+    out_CBtKGH = lax.map(piece, starts)
+    first_BTKGH = jnp.moveaxis(out_CBtKGH[:-1], 0, 1).reshape(len(q_BTKGH), -1, *q_BTKGH.shape[2:])
+    return jnp.concatenate([first_BTKGH, out_CBtKGH[-1][:, -T % queries :]], axis=1), probs
+
+
+def _queries_at_once(q_BTKGH: jax.Array, keys: Sequence[Stored], mesh: Mesh | None) -> int:
+    """How many queries have no more than SCORE_BYTES of scores on a device."""
+    names, shape = ("batch", None, "attention_heads", None, None), q_BTKGH.shape
+    if mesh is not None:
+        shape = named_sharding(names, shape, mesh).shard_shape(shape)
+    rows, _, kv_heads, group, _ = shape
+    columns = sum(_unpacked(piece, q_BTKGH.dtype)[0].shape[2] for piece in keys)
+    return max(TPU_ROWS, SCORE_BYTES // (4 * rows * kv_heads * group * columns))
+
+
+def _of_queries(mask: Mask, start: jax.Array, number: int) -> Mask:
+    if isinstance(mask, SeenColumns):
+        return mask.of_queries(start, number)
+    return lax.dynamic_slice_in_dim(mask, start, number, axis=3)
+
+
+def _mix(q_BTKGH, keys, values, masks, dropout):
+    """Values mixed by the softmax of the scores, and the probabilities.
+
+    On a TPU few queries get company, zeros: see TPU_ROWS.
+    """
+    masks = [mask.array() if isinstance(mask, SeenColumns) else mask for mask in masks]
+    _, T, _, G, _ = q_BTKGH.shape
+    more = -(-TPU_ROWS // G) - T
+    if more <= 0 or dropout is not None:
+        return _softmax_mix(q_BTKGH, keys, values, masks, dropout)
+
+    def padded(q_BTKGH, keys, values, masks):
+        pad = lambda x, axis: jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])  # noqa: E731
+        masks = [mask if mask.shape[3] == 1 else pad(mask, 3) for mask in masks]
+        out, probs = _softmax_mix(pad(q_BTKGH, 1), keys, values, masks, None)
+        return out[:, :T], probs[..., :T, :]
+
+    plain = functools.partial(_softmax_mix, dropout=None)
+    return lax.platform_dependent(q_BTKGH, keys, values, masks, tpu=padded, default=plain)
+
+
+def _softmax_mix(q_BTKGH, keys, values, masks, dropout):
     """Scores and softmax are float32; probabilities are cast to the dtype of q before they meet the
     values, as in the reference (`eager_attention_forward`).
 
     masks: a piece, broadcast to [B, K, G, T, S]: bool, True where a query sees a key, or float32
     to add to the scores. A query that sees nothing gets the mean of all values: finite, and of no
     consequence. The scales of quantised pieces multiply scores and probabilities, which are fewer
-    than the values.
+    than the values. The pieces are never put together: the cache would be copied for it.
     """
-    scale = q_BTKGH.shape[-1] ** -0.5
-    lowest = jnp.finfo(jnp.float32).min
-    scores = []
-    for piece, mask in zip(keys, masks, strict=True):
-        k_BSKH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
-        score_BKGTS = scale * jnp.einsum(
-            "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-        )
-        if scale_BKS is not None:
-            score_BKGTS = score_BKGTS * scale_BKS[:, :, None, None]
-        if 1 < mask.shape[1] < k_BSKH.shape[2]:  # a caller's mask knows no padded heads
-            more = k_BSKH.shape[2] - mask.shape[1]
-            mask = jnp.pad(mask, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
-        if mask.dtype == bool:
-            score_BKGTS = jnp.where(mask, score_BKGTS, lowest)
-        else:
-            # Rows of nothing but -inf would be NaN.
-            score_BKGTS = jnp.maximum(score_BKGTS + mask, lowest)
-        scores.append(score_BKGTS)
-    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BTKGH.dtype)
+    scores = [_scores(q_BTKGH, *piece) for piece in zip(keys, masks, strict=True)]
+    best = [score_BKGTS.max(axis=-1, keepdims=True) for score_BKGTS in scores]
+    highest = lax.stop_gradient(functools.reduce(jnp.maximum, best))
+    weights = [jnp.exp(score_BKGTS - highest) for score_BKGTS in scores]
+    total = sum(weight_BKGTS.sum(axis=-1, keepdims=True) for weight_BKGTS in weights)
+    probs = [(weight_BKGTS / total).astype(q_BTKGH.dtype) for weight_BKGTS in weights]
+    whole_BKGTS = jnp.concatenate(probs, axis=-1)
     if dropout is not None:
-        probs = _drop(probs, *dropout)
+        whole_BKGTS = _drop(whole_BKGTS, *dropout)
+        stops = list(itertools.accumulate(prob.shape[-1] for prob in probs[:-1]))
+        probs = jnp.split(whole_BKGTS, stops, axis=-1)
 
-    out, start = jnp.zeros((), q_BTKGH.dtype), 0
-    for piece in values:
-        v_BSKH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
-        stop = start + v_BSKH.shape[1]
-        weights = probs[..., start:stop]
+    mixed = jnp.zeros((), jnp.float32)
+    for prob_BKGTS, piece in zip(probs, values, strict=True):
+        v_BKSH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
         if scale_BKS is not None:
-            weights = (weights * scale_BKS[:, :, None, None]).astype(q_BTKGH.dtype)
-        out = out + jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
-        start = stop
-    return out, probs
+            prob_BKGTS = (prob_BKGTS * scale_BKS[:, :, None, None]).astype(q_BTKGH.dtype)
+        mixed += jnp.einsum("BKGTS,BKSH->BTKGH", prob_BKGTS, v_BKSH)
+    return mixed.astype(q_BTKGH.dtype), whole_BKGTS
+
+
+def _scores(q_BTKGH: jax.Array, piece: Stored, mask: jax.Array) -> jax.Array:
+    """Scores of one piece of keys, masked: float32 [B, K, G, T, S]."""
+    k_BKSH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
+    score_BKGTS = q_BTKGH.shape[-1] ** -0.5 * jnp.einsum(
+        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+    )
+    if scale_BKS is not None:
+        score_BKGTS = score_BKGTS * scale_BKS[:, :, None, None]
+    if 1 < mask.shape[1] < k_BKSH.shape[1]:  # a caller's mask knows no padded heads
+        more = k_BKSH.shape[1] - mask.shape[1]
+        mask = jnp.pad(mask, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
+    lowest = jnp.finfo(jnp.float32).min
+    if mask.dtype == bool:
+        return jnp.where(mask, score_BKGTS, lowest)
+    # Rows of nothing but -inf would be NaN.
+    return jnp.maximum(score_BKGTS + mask, lowest)
 
 
 def _unpacked(piece: Stored, dtype) -> tuple[jax.Array, jax.Array | None]:
-    """A piece [B, S, K, H] to multiply with, and its scales [B, K, S]."""
+    """A piece [B, K, S, H] to multiply with, and its scales [B, K, S]."""
     if isinstance(piece, Quantized):
-        return piece.values.astype(dtype), jnp.swapaxes(piece.scale, 1, 2)
+        return piece.values.astype(dtype), piece.scale
     return piece, None
 
 

@@ -264,7 +264,7 @@ def prompt_cache_settings(
         cache.save(path)
         return {"cache": cache}
     cache = PromptCache.load(path, generator.model)
-    if kind and not isinstance(cache.cache.k_LBSKH, Quantized):
+    if kind and not isinstance(cache.cache.k_LBKSH, Quantized):
         raise UserError(
             f"{path} has keys and values that are not in 8 bits; leave out --kv-bits, or name "
             "another file"

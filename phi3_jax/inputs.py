@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from phi3_jax.attention import causal_mask, document_runs
+from phi3_jax.attention import Mask, SeenColumns, document_runs
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 
@@ -44,19 +44,17 @@ class CallInputs:
         number_BT = self.document_BT + 1
         return number_BT if self.mask_BT is None else jnp.where(self.mask_BT, number_BT, 0)
 
-    def masks(self, config: Phi3Config) -> tuple[jax.Array, ...]:
+    def masks(self, config: Phi3Config) -> tuple[Mask, ...]:
         """The masks of the pieces of keys, slots before new tokens, as `attend` takes them."""
         if self.given_mask is not None:
             return self._given_masks(config)
-        window, segment_BT = config.sliding_window, self.segment_BT
-        new = causal_mask(self.column_T, self.column_T, window)[None]
-        if segment_BT is not None:
-            new &= segment_BT[:, :, None] == segment_BT[:, None, :]
-        pieces = [new]
-        if self.slots_BS is not None and self.slot_column_S is not None:
-            old = causal_mask(self.column_T, self.slot_column_S, window)
-            pieces = [old & self.slots_BS[:, None, :], new]
-        return tuple(piece[:, None, None] for piece in pieces)
+        column_BT, segment_BT, window = self.column_T[None], self.segment_BT, config.sliding_window
+        new = SeenColumns(column_BT, column_BT, segment_BT, segment_BT, window)
+        if self.slots_BS is None or self.slot_column_S is None:
+            return (new,)
+        slot_column_BS = jnp.atleast_2d(self.slot_column_S)
+        is_slot_BT = jnp.ones_like(column_BT, bool)
+        return SeenColumns(column_BT, slot_column_BS, is_slot_BT, self.slots_BS, window), new
 
     def _given_masks(self, config: Phi3Config) -> tuple[jax.Array, ...]:
         mask: Any = self.given_mask

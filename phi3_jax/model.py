@@ -188,7 +188,7 @@ class Phi3Model(Model):
             _ = self.embed_tokens.weight  # `init` makes it all the same
             x_BTD = jnp.asarray(inputs_embeds).astype(self.dtype)
         x_BTD = embedded_BTD = self.laid_out(x_BTD)
-        cached = None if inputs.slots_BS is None else (cache.k_LBSKH, cache.v_LBSKH)
+        cached = None if inputs.slots_BS is None else (cache.k_LBKSH, cache.v_LBKSH)
         x_BTD, (new_kv, hidden_LBTD, probs) = self.layers(x_BTD, cached, layer_inputs)
         x_BTD = self.norm(x_BTD)
         attentions = attentions_of(probs, config, cache) if output_attentions else None

@@ -130,7 +130,7 @@ def test_rows_computed_anew_beside_others(kind):
         cache, start = call(model, params, *piece, cache).cache, stop
         if size < 9:
             cache = cache.truncate(stop, rows)
-    stored = lambda cache: jax.tree.leaves((cache.k_LBSKH, cache.v_LBSKH))  # noqa: E731
+    stored = lambda cache: jax.tree.leaves((cache.k_LBKSH, cache.v_LBKSH))  # noqa: E731
     for old, new in zip(stored(before), stored(cache), strict=True):
         np.testing.assert_array_equal(new[:, 0], old[:, 0])
     np.testing.assert_array_equal(cache.valid_BS[0], before.valid_BS[0])
@@ -153,7 +153,7 @@ def test_a_ring_that_would_not_wrap_is_a_full_cache():
 def test_a_step_writes_its_slot_alone():
     """No copy of the ring, and no gather, for one token."""
     cache = new_cache(model_and_params()[0], ring=True)
-    new = cache.k_LBSKH[:, :, :1]
+    new = cache.k_LBKSH[:, :, :, :1].swapaxes(2, 3)
     text = str(jax.make_jaxpr(lambda cache: cache.write(new, new, None))(cache))
     assert "gather" not in text and text.count("dynamic_update_slice") == 4
 
@@ -239,8 +239,8 @@ def test_eight_bits_come_near():
     error = np.sqrt(np.mean(np.square(found - wanted)[:, 9:])) / wanted.std()
     assert 0.001 < error < 0.04
     H = model.config.head_dim
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.k_LBSKH))
-    assert nbytes * 4 * H == (H + 4) * new_cache(model).k_LBSKH.nbytes
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.k_LBKSH))
+    assert nbytes * 4 * H == (H + 4) * new_cache(model).k_LBKSH.nbytes
 
 
 def test_rounding_to_eight_bits():
@@ -274,8 +274,8 @@ def test_on_a_mesh():
     wanted, _ = in_pieces(model, params, inputs, new_cache(model, **kind), [9, 1, 1])
     model, params = on_mesh(model, params, phi3.make_mesh(2, 1, 4))
     cache = new_cache(model, **kind)
-    for x in jax.tree.leaves((cache.k_LBSKH, cache.v_LBSKH)):
-        assert x.addressable_shards[0].data.shape[:4] == (3, 1, 5, 2)
+    for x in jax.tree.leaves((cache.k_LBKSH, cache.v_LBKSH)):
+        assert x.addressable_shards[0].data.shape[:4] == (3, 1, 2, 5)
     assert cache.column_BS.addressable_shards[0].data.shape == (1, 5)
     found, _ = in_pieces(model, params, inputs, cache, [9, 1, 1])
     assert_same(found, wanted, inputs[1])

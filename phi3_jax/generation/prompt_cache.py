@@ -23,7 +23,7 @@ from phi3_jax.processes import by_all, on_host
 from phi3_jax.sharding import Names, named_sharding
 
 _FORMAT = "phi3_jax prompt cache"
-_VERSION = "1"
+_VERSION = "2"
 
 # What keys and values depend on, beside the weights.
 _FIELDS = (
@@ -102,7 +102,7 @@ class PromptCache:
             "model": json.dumps(_model(self.config)),
             "capacity": str(self.cache.capacity),
             "ring": json.dumps(self.cache.ring_capacity is not None),
-            "quantized": json.dumps(isinstance(cache.k_LBSKH, Quantized)),
+            "quantized": json.dumps(isinstance(cache.k_LBKSH, Quantized)),
         }
         with by_all():
             if jax.process_index() == 0:
@@ -134,7 +134,7 @@ class PromptCache:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-        dtype = arrays.get("k_LBSKH", np.empty(0, model.dtype)).dtype
+        dtype = arrays.get("k_LBKSH", np.empty(0, model.dtype)).dtype
         _check(path, metadata, config, dtype, model.dtype)
         ring, quantized = (json.loads(metadata[name]) for name in ("ring", "quantized"))
         init = functools.partial(KVCache.init, ring=ring, quantized=quantized)

@@ -74,9 +74,9 @@ def test_cache_across_the_line_is_that_of_a_fresh_prefill(case):
     whole.start()
     used = int(cache.length)
     assert used == int(whole.state.cache.length)
-    valid = np.asarray(cache.valid_BS)[None, :, :used, None, None]
-    for ours, fresh in (("k_LBSKH",) * 2, ("v_LBSKH",) * 2):
-        a, b = getattr(cache, ours)[:, :, :used], getattr(whole.state.cache, fresh)[:, :, :used]
+    valid = np.asarray(cache.valid_BS)[None, :, None, :used, None]
+    for ours, fresh in (("k_LBKSH",) * 2, ("v_LBKSH",) * 2):
+        a, b = getattr(cache, ours)[..., :used, :], getattr(whole.state.cache, fresh)[..., :used, :]
         np.testing.assert_allclose(a * valid, b * valid, rtol=1e-3, atol=1e-4)
     assert asked.state.long_R.all()
 
@@ -86,12 +86,12 @@ def test_crossing_leaves_the_other_rows_alone():
     ids, mask = left_padded(prompts((16, 3)))
     asked = request.prepare(model, params, ids, mask, max_new_tokens=5, eos_token_id=None)
     asked.start()
-    before = np.asarray(asked.state.cache.k_LBSKH)
+    before = np.asarray(asked.state.cache.k_LBKSH)
     asked.cross()
-    after = np.asarray(asked.state.cache.k_LBSKH)
+    after = np.asarray(asked.state.cache.k_LBKSH)
     assert asked.state.long_R.tolist() == [True, False]
     np.testing.assert_array_equal(after[:, 1], before[:, 1])
-    assert (after[:, 0, 1:16] != before[:, 0, 1:16]).mean() > 0.9
+    assert (after[:, 0, :, 1:16] != before[:, 0, :, 1:16]).mean() > 0.9
     assert int(asked.state.cache.length) == 16
 
 

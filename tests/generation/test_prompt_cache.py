@@ -95,7 +95,7 @@ def test_a_file_goes_on_as_the_cache_itself(kind, tmp_path):
     found = call(model, params, ids[:, 9:], again.cache)
     np.testing.assert_array_equal(found.logits, wanted.logits)
     if not kind:  # in the file are the tokens' slots alone
-        assert load_file(tmp_path / "a.safetensors")["k_LBSKH"].shape == (3, 1, 9, 6, 8)
+        assert load_file(tmp_path / "a.safetensors")["k_LBKSH"].shape == (3, 1, 6, 9, 8)
 
 
 def test_resized_caches_go_on():
@@ -132,12 +132,12 @@ def test_any_mesh_restores_any_file(tmp_path):
     ]
     for number, (model, params) in enumerate(on):
         kept(model, params, ids[:, :9], **kind).save(tmp_path / f"{number}.safetensors")
-        shape = load_file(tmp_path / f"{number}.safetensors")["k_LBSKH.values"].shape
-        assert shape == (3, 1, 5, 6, 8)
+        shape = load_file(tmp_path / f"{number}.safetensors")["k_LBKSH.values"].shape
+        assert shape == (3, 1, 6, 5, 8)
     for number, (model, params) in zip((1, 2, 0), on, strict=True):
         prompt = PromptCache.load(tmp_path / f"{number}.safetensors", plain, model.mesh)
-        for x in (*prompt.cache.k_LBSKH, *prompt.cache.v_LBSKH):
-            assert x.addressable_shards[0].data.shape[3] == (6 if model.mesh is None else 2)
+        for x in (*prompt.cache.k_LBKSH, *prompt.cache.v_LBKSH):
+            assert x.addressable_shards[0].data.shape[2] == (6 if model.mesh is None else 2)
         found = call(model, params, ids[:, 9:], prompt.cache).logits
         # Another order of sums, and now and then another last bit of eight.
         assert np.abs(found - wanted).max() < 0.05 * wanted.std()
@@ -149,8 +149,8 @@ def test_bfloat16_and_what_is_refused(tmp_path):
     prompt = kept(model, params, tokens(1, 5))
     prompt.save(path)
     again = PromptCache.load(path, model)
-    assert again.cache.k_LBSKH.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(again.cache.k_LBSKH, prompt.cache.k_LBSKH)
+    assert again.cache.k_LBKSH.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(again.cache.k_LBKSH, prompt.cache.k_LBKSH)
 
     with pytest.raises(ValueError, match="holds bfloat16, this model computes in float32"):
         PromptCache.load(path, model_and_params("longrope_window")[0])
@@ -171,8 +171,8 @@ def test_bfloat16_and_what_is_refused(tmp_path):
         metadata = file.metadata()
     assert json.loads(metadata["model"])["head_dim"] == 8
     newer = tmp_path / "newer"
-    save_file(load_file(path), newer, {**metadata, "version": "2"})
-    with pytest.raises(ValueError, match="of version 2, this is 1"):
+    save_file(load_file(path), newer, {**metadata, "version": "3"})
+    with pytest.raises(ValueError, match="of version 3, this is 2"):
         PromptCache.load(newer, model)
     save_file({"k": np.zeros(3)}, tmp_path / "else")
     with pytest.raises(ValueError, match="is not a prompt cache"):
@@ -187,7 +187,7 @@ def test_bfloat16_and_what_is_refused(tmp_path):
             use(tmp_path / "no" / "file")
         with pytest.raises(IsADirectoryError, match=f"{tmp_path.name}' is a directory"):
             use(tmp_path)
-    assert "k_LBSKH" not in repr(prompt) and "tokens=" in repr(prompt)
+    assert "k_LBKSH" not in repr(prompt) and "tokens=" in repr(prompt)
 
 
 def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):

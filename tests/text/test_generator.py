@@ -109,7 +109,7 @@ def test_a_kept_prompt_changes_no_answer(chat):
     cache = chat.cache_prompt(messages)
     assert cache.cache.capacity >= chat.cache_length
     small = chat.cache_prompt(messages, cache_implementation="quantized")
-    assert small.cache.k_LBSKH.values.dtype == "int8" and chat(messages, cache=small)
+    assert small.cache.k_LBKSH.values.dtype == "int8" and chat(messages, cache=small)
     assert cache.tokens.tolist() == chat.encode(messages)
     assert chat(messages, cache=cache) == chat(messages) == chat(messages, cache=cache)
     messages += [{"role": "assistant", "content": chat(messages)}]

@@ -5,12 +5,11 @@
     python benchmarks/train_step.py lora_mini_4k_colab --preset phi-3-mini-4k-instruct --steps 10
 
 Rows are full and random, weights are random: nothing is loaded. Changes of the config follow as
-for phi3-train. A topology is one of TPUs ("v5e:2x4", "v5p:4x4x4"; needs libtpu) or "h100:8" (needs
-jax's CUDA plugin and cuDNN; no device or driver either way).
+for phi3-train. A topology is one of TPUs ("v5e:2x4", "v5p:4x4x4"; needs libtpu) or of GPUs
+("h100:8"; needs jax's CUDA plugin and cuDNN); no device or driver either way.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -20,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental import topologies
 
 import phi3_jax as phi3
 from phi3_jax.sharding import init_params
+from plan.machines import machine
 from train.config import load_config
 from train.lora import init_adapters
 from train.metrics import flops_per_token, memory_in_use, peak_flops
@@ -37,43 +36,6 @@ from train.step import (
     rows_held,
     step_function,
 )
-
-# What the compiler has to know of an H100 SXM, by its data sheet, as a GpuTargetConfigProto.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 12 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-# libtpu asks the cloud what machine it is on, unless told.
-WITHOUT_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-def devices_of(topology: str) -> list[Any]:
-    """The devices of a machine that is not here."""
-    name, _, size = topology.partition(":")
-    if name == "h100":
-        described = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", target_config=H100, topology=f"1x1x{size}"
-        )
-    else:
-        os.environ.update(WITHOUT_TPU)
-        shape = {"chips_per_host_bounds": (1, 1, 1)} if size in ("1x1", "1x1x1") else {}
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **shape)
-    return list(described.devices)
 
 
 def abstract_frozen(setup: Setup) -> Any:
@@ -139,7 +101,8 @@ def main() -> None:
             phi3.Phi3Config.preset(arguments.preset).save_pretrained(Path(folder))
             changes.append(f"model.path={folder}")
         config = load_config(arguments.config, changes)
-        devices = jax.devices() if arguments.topology is None else devices_of(arguments.topology)
+        there = arguments.topology
+        devices = jax.devices() if there is None else machine(there).devices
         sizes = config.mesh
         mesh = phi3.make_mesh(
             sizes.data, sizes.fsdp, sizes.tensor, devices=devices, sequence=sizes.sequence

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import Collective, collectives, count
 from jax.sharding import NamedSharding, PartitionSpec
 
 import phi3_jax as phi3
 from phi3_jax.generation.decoding import decode_loop, decode_step
 from phi3_jax.generation.request import prepare
 from phi3_jax.sharding import abstract_params, init_params
+from plan.hlo import Collective, count, read
 
 ROWS, WIDTH, HIDDEN = 3, 18, 64
 RESIDUAL_BYTES = 4 * ROWS * WIDTH * HIDDEN
@@ -42,7 +42,7 @@ def config_of(heads: tuple[int, int]) -> phi3.Phi3Config:
 
 
 def compiled(function, *arguments) -> list[Collective]:
-    return collectives(jax.jit(function).lower(*arguments).compile(FAST).as_text())
+    return read(jax.jit(function).lower(*arguments).compile(FAST).as_text()).collectives
 
 
 def ids_on(mesh, rows: int):
@@ -95,8 +95,8 @@ def test_a_decoding_step_has_two_all_reduces_a_layer():
     request = prepare(model, init_params(model), ids, max_new_tokens=9)
     request.start()
     arguments = (request.model, request.params, request.state, request.plan)
-    step = collectives(decode_step.lower(*arguments).compile(FAST).as_text())
-    loop = collectives(decode_loop.lower(*arguments, np.int32(9)).compile(FAST).as_text())
+    step = read(decode_step.lower(*arguments).compile(FAST).as_text()).collectives
+    loop = read(decode_loop.lower(*arguments, np.int32(9)).compile(FAST).as_text()).collectives
     assert count(step, depth=1) == count(loop, depth=2) == {"all-reduce": 2}
     around = {"all-reduce": 1, "all-gather": 2}
     assert count(step, depth=0) == count(loop, depth=1) == around
@@ -142,67 +142,3 @@ def test_a_flat_fused_kernel_would_be_seen():
     kinds = count(compiled(mixed, x, flat, out))
     assert kinds.pop("all-reduce") == 1
     assert kinds
-
-
-ASYNC = """\
-HloModule test
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%wrapped (p: f32[16]) -> f32[2] {
-  ROOT %rs = f32[2]{0} reduce-scatter(%p), channel_id=3, dimensions={0}, to_apply=%add
-}
-
-%all-reduce-scatter.1 (p: bf16[64]) -> bf16[8] {
-  %ar = bf16[64]{0:T(1024)(128)(2,1)} all-reduce(%p), channel_id=4, to_apply=%add
-  ROOT %cut = bf16[8]{0:T(1024)(128)(2,1)} dynamic-slice(%ar, %i), dynamic_slice_sizes={8}
-}
-
-%step.1 (p: f32[2]) -> f32[16] {
-  ROOT %ag.1 = f32[16]{0} all-gather(%p), channel_id=5, dimensions={0}
-}
-
-%done.1 (p: f32[2]) -> f32[16] {
-  ROOT %ag.2 = f32[16]{0} all-gather(%p), channel_id=5, dimensions={0}
-}
-
-%body (p: (s32[], f32[16])) -> (s32[], f32[16]) {
-  %start = ((f32[16]), f32[2], u32[]) async-start(%x), calls=%wrapped
-  %update = ((f32[16]), f32[2], u32[]) async-update(%start)
-  %end = f32[2]{0} async-done(%update)
-  %s = f32[16]{0} fusion(%end), kind=kCustom, calls=%step.1
-  %d = f32[16]{0} fusion(%end), kind=kCustom, calls=%done.1
-  %kernel = f32[2]{0} custom-call(%end), custom_call_target="k", metadata={
-}}
-  %pair = (f32[2]{0}, f32[16]{0}) all-gather-start(%end), channel_id=6, dimensions={0}
-  %whole = f32[16]{0} all-gather-done(%pair)
-  ROOT %t = (s32[], f32[16]) tuple(%i, %whole)
-}
-
-%condition (p: (s32[], f32[16])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (x: f32[16]) -> f32[16] {
-  %loop = (s32[], f32[16]) while(%t), condition=%condition, body=%body
-  %small = bf16[8]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
-  %both = (f32[4]{0}, s8[8]{0}) all-reduce(%a, %b), channel_id=7, to_apply=%add
-  %sent = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=8
-  %got = f32[4]{0} collective-permute-done(%sent)
-  ROOT %r = f32[16]{0} get-tuple-element(%loop), index=1
-}
-"""
-
-
-def test_pairs_fusions_and_tuples_are_read():
-    found = [(one.kind, one.nbytes, one.depth) for one in collectives(ASYNC)]
-    assert sorted(found) == [
-        ("all-gather", 64, 1),
-        ("all-gather", 64, 1),
-        ("all-reduce", 24, 0),
-        ("collective-permute", 16, 0),
-        ("reduce-scatter", 8, 1),
-        ("reduce-scatter", 16, 0),
-    ]

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import collectives, count
 from jax.sharding import PartitionSpec
 from reference import config_values, cut_padding, hf_weights, on_mesh, params_of, tokens
 
 import phi3_jax as phi3
-from phi3_jax import loss as loss_module
+from phi3_jax import head_loss
 from phi3_jax.attention_kernels import splash_attention
 from phi3_jax.cache import KVCache
 from phi3_jax.sharding import abstract_params, named_sharding
+from plan.hlo import count, read
 
 ROWS, WIDTH = 4, 40
 FAST = {"xla_backend_optimization_level": 0}  # of the CPU's code
@@ -65,10 +65,9 @@ def test_packed_rows_train_as_on_one_device(case, sizes, remat, columns, monkeyp
     config = alone.config
     model, sharded = on_mesh(alone.clone(remat=remat), params, mesh_of(*sizes))
     if columns is not None:
-        a_column = 4 * (ROWS // (sizes[0] * sizes[1])) * -(-config.vocab_size // sizes[3])
-        monkeypatch.setattr(loss_module, "_LOGITS_BYTES", columns * a_column)
-        words = sizes[3] * -(-config.vocab_size // sizes[3])
-        assert loss_module._chunk(ROWS, WIDTH, words, model.mesh) == columns * sizes[2]
+        rows, words = ROWS // (sizes[0] * sizes[1]), -(-config.vocab_size // sizes[3])
+        monkeypatch.setattr(head_loss, "_LOGITS_BYTES", columns * 4 * rows * words)
+        assert head_loss._fitting(rows, words) == columns
     loss, gradients = loss_and_gradients(model, sharded)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     leaves = jax.tree_util.tree_leaves_with_path(cut_padding(gradients, model))
@@ -144,7 +143,7 @@ def test_a_training_step_gathers_no_activations(sizes, pieces, monkeypatch):
     D, rows, tensor = config.hidden_size, ROWS // sizes[1], sizes[3]
     columns = WIDTH // sizes[2] // pieces
     a_column = 4 * rows * -(-config.vocab_size // tensor)
-    monkeypatch.setattr(loss_module, "_LOGITS_BYTES", columns * a_column)
+    monkeypatch.setattr(head_loss, "_LOGITS_BYTES", columns * a_column)
     place = named_sharding(("batch", None), (ROWS, WIDTH), model.mesh)
     ids = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32, sharding=place)
 
@@ -153,8 +152,8 @@ def test_a_training_step_gathers_no_activations(sizes, pieces, monkeypatch):
 
     params = abstract_params(model)
     step = jax.jit(jax.value_and_grad(loss)).lower(params, ids, ids)
-    found = collectives(step.compile(FAST).as_text())
-    assert set(count(found)) <= {"all-gather", "all-to-all", "all-reduce"}
+    found = read(step.compile(FAST).as_text()).collectives
+    assert set(count(found)) <= {"all-gather", "all-to-all", "all-reduce", "reduce-scatter"}
     assert count(found, depth=1)["all-to-all"] == count(found)["all-to-all"] == 4
     # qkv_proj's and attention's results, for the heads on a device: K (G + 2) H and K G H numbers.
     G, K, H = 2, 4 * tensor, config.head_dim

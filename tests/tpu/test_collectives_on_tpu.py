@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import collectives, count
 from jax.sharding import NamedSharding, PartitionSpec
 
 import phi3_jax as phi3
@@ -17,6 +16,7 @@ from phi3_jax.generation.decoding import Plan, Wanted, decode_step, first_state
 from phi3_jax.generation.settings import Past, Settings
 from phi3_jax.rope import rope_tables
 from phi3_jax.sharding import abstract_params
+from plan.hlo import count, read
 
 # 32 key-value heads of 96; and 10 of 128, which the mesh pads to 16.
 MEMBERS = ["phi-3-mini-4k", "phi-3-medium-4k"]
@@ -46,7 +46,7 @@ def test_a_layers_forward_has_two_all_reduces(tpu_mesh, member, attn_implementat
     run = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     text = run.lower(abstract_params(model), ids).compile().as_text()
     assert ("tpu_custom_call" in text) == (attn_implementation == "auto")
-    found = collectives(text)
+    found = read(text).collectives
     assert count(found, depth=1) == {"all-reduce": 2}
     assert count(found) == {"all-reduce": 3}
     assert {one.nbytes for one in found} == {2 * 2048 * config.hidden_size}
@@ -73,13 +73,13 @@ def test_a_decoding_step_has_two_all_reduces_a_layer(tpu_mesh, member):
         )[0]
 
     state = everywhere(jax.eval_shape(start), mesh)
-    over_heads = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor", None))
+    over_heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor", None, None))
     cut = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_heads)  # noqa: E731
-    k_LBSKH, v_LBSKH = cut(state.cache.k_LBSKH), cut(state.cache.v_LBSKH)
-    state = state.replace(cache=state.cache.replace(k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH, filled=True))
+    k_LBKSH, v_LBKSH = cut(state.cache.k_LBKSH), cut(state.cache.v_LBKSH)
+    state = state.replace(cache=state.cache.replace(k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, filled=True))
     plan = everywhere(Plan(settings, rope_tables(config, slots)), mesh)
     compiled = decode_step.lower(model, abstract_params(model), state, plan).compile()
-    found = collectives(compiled.as_text())
+    found = read(compiled.as_text()).collectives
     assert count(found, depth=1) == {"all-reduce": 2}
     assert count(found, depth=0) == {"all-reduce": 1, "all-gather": 2}
     reduced = {one.nbytes for one in found if one.kind == "all-reduce"}

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import collectives, count
 
 import phi3_jax as phi3
 from phi3_jax.sharding import abstract_params, named_sharding
+from plan.hlo import count, read
 
 GIB = 2**30
 
@@ -39,7 +39,7 @@ def test_rows_of_131072_tokens_train(tpu_mesh):
     compiled = training_step(config, mesh, 1, tokens)
     text = compiled.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, dq, dk with dv
-    found = collectives(text)
+    found = read(text).collectives
     assert count(found, depth=1)["all-to-all"] == count(found)["all-to-all"] == 5
     a_result = 2 * tokens // devices * config.hidden_size
     sent = sorted(one.nbytes for one in found if one.kind == "all-to-all")

@@ -81,6 +81,8 @@ class Part(nn.Module):
       param_dtype: what `init` makes parameters in.
       mesh: where the model is laid out, or None for one device.
       lora_dropout: of what enters a LoRA adapter, where the parameters hold adapters.
+      regathers: gather weights once more for the backward pass; for layers that compute nothing
+        again, which would keep them whole.
     """
 
     config: Phi3Config
@@ -88,11 +90,12 @@ class Part(nn.Module):
     param_dtype: Any = jnp.float32
     mesh: Mesh | None = None
     lora_dropout: float = 0.0
+    regathers: bool = False
 
     @property
     def alike(self) -> dict[str, Any]:
         """The attributes that a module hands on to those inside of it."""
-        names = ("config", "dtype", "param_dtype", "mesh", "lora_dropout")
+        names = ("config", "dtype", "param_dtype", "mesh", "lora_dropout", "regathers")
         return {name: getattr(self, name) for name in names}
 
     def new_param(self, name: str, init: Any, shape: tuple[int, ...], names: Names) -> Any:
@@ -185,10 +188,10 @@ class Projection(Part, kw_only=True):
         width = x.size // tokens
         if tokens * (width + weight.size // width) < weight.size:
             return multiply(x, weight.astype(self.dtype))  # the activations are less to send
-        whole = lambda weight: gathered(weight, self.dtype, self.names, self.mesh)  # noqa: E731
-        # Nobody keeps the weight whole for the backward pass: it is gathered again.
-        again = jax.checkpoint(lambda x, weight: multiply(x, whole(weight)), prevent_cse=False)
-        return again(x, weight)
+        run = lambda x, weight: multiply(  # noqa: E731
+            x, gathered(weight, self.dtype, self.names, self.mesh)
+        )
+        return (jax.checkpoint(run, prevent_cse=False) if self.regathers else run)(x, weight)
 
     def _drop(self, x: jax.Array) -> jax.Array:
         """Dropout whose draw does not depend on the padding of the first input axis."""

@@ -75,6 +75,7 @@ class Phi3Model(Model):
         if self.remat != "none":
             # The scan keeps the compiler from undoing it, which prevent_cse is for.
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        alike: Any = {**self.alike, "regathers": self.remat == "none"}
         self.embed_tokens = Embedding(**self.alike)
         self.layers = nn.scan(
             layer,
@@ -84,7 +85,7 @@ class Phi3Model(Model):
             in_axes=(0, nn.broadcast),
             out_axes=0,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(**self.alike)
+        )(**alike)
         self.norm = RMSNorm(**self.alike)
 
     def __call__(

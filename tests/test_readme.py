@@ -67,7 +67,7 @@ def run_lines(lines: list[str]) -> str:
 
 
 def test_commands_run_in_order(folders, commands):
-    setup, lines, _ = [block.splitlines() for block in blocks("sh")]
+    setup, lines, *_ = [block.splitlines() for block in blocks("sh")]
     assert set(setup) == SETUP
     output = run_lines(lines)
     assert "tokens/s" in output
@@ -75,7 +75,7 @@ def test_commands_run_in_order(folders, commands):
 
 
 def test_training_commands_run_in_order(folders, commands):
-    *_, lines = [block.splitlines() for block in blocks("sh")]
+    _, _, lines, _ = [block.splitlines() for block in blocks("sh")]
     shutil.copytree(ROOT / "configs" / "tiny_skill", "skill")
     # The fewest steps that the schedule allows: what 300 lead to is in the README.
     few = " steps=21 evaluation.batches=1"

@@ -51,13 +51,14 @@ def test_weights_are_sent_as_often_as_they_must(libtpu):
     floor = 3 * 2 * weights * 7 / 8
     sent = sum(found.times * found.sent for found in in_layers) / 2
     assert floor < sent <= 1.1 * floor, libtpu
-    # The tables of embedding and head: gathered once, their gradients cut as they are summed.
+    # The tables of embedding and head: gathered once, their gradients cut as they are summed. (The
+    # compiler pads one of them by half a per cent, and sends that on.)
     table = one.shape.vocab_size * one.shape.hidden_size
-    outside = [found for found in counts.collectives if not found.depth and found.nbytes > MIB]
-    assert sorted((found.kind, found.nbytes) for found in outside) == [
-        *[("all-gather", 2 * table)] * 2,
-        *[("reduce-scatter", 4 * table)] * 2,
-    ]
+    outside = [found for found in counts.collectives if not found.depth and found.nbytes > 8 * MIB]
+    assert sorted(found.kind for found in outside) == ["all-gather"] * 2 + ["reduce-scatter"] * 2
+    for found in outside:
+        itemsize = 2 if found.kind == "all-gather" else 4
+        assert found.nbytes == pytest.approx(itemsize * table, rel=0.01)
 
 
 def test_no_copy_of_all_layers_weights_is_made(libtpu):

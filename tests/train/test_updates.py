@@ -76,7 +76,9 @@ def test_the_moving_average_follows_its_formula(place, monkeypatch):
     for state in states:
         for name in average:
             average[name] = 0.75 * average[name] + 0.25 * state[name]
-            np.testing.assert_allclose(state[name.replace("params", "ema")], average[name], 1e-5)
+            # Weights are near 0.1: where the two terms cancel, what is left is their rounding.
+            found = state[name.replace("params", "ema")]
+            np.testing.assert_allclose(found, average[name], rtol=1e-5, atol=1e-9)
 
 
 def test_bfloat16_compute_has_float32_masters(place):

@@ -34,6 +34,7 @@ from plan import hlo
 from plan.machines import ENVIRONMENT, machine
 from plan.programs import DecodeJob, TrainJob, parse_mesh
 from train.config import load_config
+from train.metrics import layer_weights
 
 GIB = 2**30
 PRESET = "phi-3-mini-4k-instruct"
@@ -131,10 +132,7 @@ def floor(shape: phi3.Phi3Config, devices: int) -> float:
     """Bytes that a device has to send in a layer: its bfloat16 weights are gathered for the forward
     pass and again for the backward pass, and their gradients summed and cut.
     """
-    D, F, H = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    N, K = shape.num_attention_heads, shape.num_key_value_heads
-    weights = D * (N + 2 * K) * H + N * H * D + 3 * D * F
-    return 3 * 2 * weights * (devices - 1) / devices
+    return 3 * 2 * layer_weights(shape) * (devices - 1) / devices
 
 
 def compile_for(job: Any, topology: str) -> tuple[Any, Any]:

@@ -1,12 +1,9 @@
-"""What a training step of a config costs: memory by the compiler, time on devices that are here.
+"""How long a training step of a config takes on the devices that are here, and its memory.
 
-    python benchmarks/train_step.py sft_mini_4k_v5e8 --preset phi-3-mini-4k-instruct \\
-        --topology v5e:2x4                                   # compile only, for devices elsewhere
     python benchmarks/train_step.py lora_mini_4k_colab --preset phi-3-mini-4k-instruct --steps 10
 
 Rows are full and random, weights are random: nothing is loaded. Changes of the config follow as
-for phi3-train. A topology is one of TPUs ("v5e:2x4", "v5p:4x4x4"; needs libtpu) or of GPUs
-("h100:8"; needs jax's CUDA plugin and cuDNN); no device or driver either way.
+for phi3-train. For devices that are elsewhere there is phi3-plan.
 """
 
 import argparse
@@ -22,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 import phi3_jax as phi3
 from phi3_jax.sharding import init_params
-from plan.machines import machine
+from plan.programs import abstract_frozen, make_mesh
 from train.config import load_config
 from train.lora import init_adapters
 from train.metrics import flops_per_token, memory_in_use, peak_flops
@@ -36,18 +33,6 @@ from train.step import (
     rows_held,
     step_function,
 )
-
-
-def abstract_frozen(setup: Setup) -> Any:
-    """The leaves that are not trained, as the step gets them."""
-    lora = setup.config.lora
-    if lora is None or lora.quantize is None:
-        return setup.frozen
-    kind, model = lora.quantize, setup.model
-    leaves = jax.eval_shape(lambda own: quantize_params(own, kind, model), setup.frozen)
-    # Laid out for one device: who quantises has no more.
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=setup.everywhere)  # noqa: E731
-    return jax.tree.map(place, leaves)
 
 
 def measure(setup: Setup, program: Any, steps: int) -> None:
@@ -92,7 +77,6 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--preset", default=None, help="sizes of a published model")
-    parser.add_argument("--topology", default=None, help="compile for it, and do not run")
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -101,12 +85,8 @@ def main() -> None:
             phi3.Phi3Config.preset(arguments.preset).save_pretrained(Path(folder))
             changes.append(f"model.path={folder}")
         config = load_config(arguments.config, changes)
-        there = arguments.topology
-        devices = jax.devices() if there is None else machine(there).devices
-        sizes = config.mesh
-        mesh = phi3.make_mesh(
-            sizes.data, sizes.fsdp, sizes.tensor, devices=devices, sequence=sizes.sequence
-        )
+        devices = jax.devices()
+        mesh = make_mesh(config.mesh, devices)
         setup = Setup(config, mesh, config.steps or 1000)
         begin = time.perf_counter()
         program = lower_step(setup, abstract_frozen(setup)).compile()
@@ -118,8 +98,7 @@ def main() -> None:
             f"(arguments {analysis.argument_size_in_bytes / 2**30:.2f})",
             flush=True,
         )
-        if arguments.topology is None:
-            measure(setup, program, arguments.steps)
+        measure(setup, program, arguments.steps)
 
 
 if __name__ == "__main__":

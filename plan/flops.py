@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 import phi3_jax as phi3
 from phi3_jax.sharding import named_sharding, padded_shape
 from plan.hlo import Kernel
+from train.metrics import layer_weights
 
 # What a kernel does with the pairs of its rows and heads, as multiples of the forward pass, which
 # has two products (scores; probabilities times values), by a part of its name; the first that fits
@@ -62,11 +63,10 @@ def attention_flops(config: phi3.Phi3Config, pairs: int, head_rows: int) -> int:
 
 def forward_flops(config: phi3.Phi3Config, tokens: int, pairs: int) -> int:
     """All that a row of so many tokens asks for, where only its last one needs logits."""
-    D, H, F = config.hidden_size, config.head_dim, config.intermediate_size
-    heads = config.num_attention_heads
-    layer = D * (heads + 2 * config.num_key_value_heads) * H + heads * H * D + 3 * D * F
-    weights = config.num_hidden_layers * layer * tokens + config.vocab_size * D
-    return 2 * weights + config.num_hidden_layers * attention_flops(config, pairs, heads)
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    head = config.vocab_size * config.hidden_size
+    weights = layers * layer_weights(config) * tokens + head
+    return 2 * weights + layers * attention_flops(config, pairs, heads)
 
 
 def head_rows(config: phi3.Phi3Config, mesh: Mesh, rows: int) -> int:

@@ -112,7 +112,7 @@ class TrainJob:
             model = dataclasses.replace(config.model, path=folder)
             # Of epochs nobody knows the steps before the data is read; any number will do.
             setup = Setup(dataclasses.replace(config, model=model), mesh, config.steps or 10**6)
-        frozen = _abstract_frozen(setup)
+        frozen = abstract_frozen(setup)
         state, rows = setup.abstract_state, config.batch_size // config.accumulate
         rope = _everywhere(rope_tables(self.shape, setup.tokens_per_row), mesh)
         tokens = config.batch_size * setup.tokens_per_row
@@ -348,7 +348,7 @@ def _abstract_cache(model: Any, batch: int, capacity: int, kind: CacheKind) -> K
     return cache.mapped(place).replace(length=_everywhere(cache.length, mesh))
 
 
-def _abstract_frozen(setup: Setup) -> Any:
+def abstract_frozen(setup: Setup) -> Any:
     """The leaves that are not trained, as the step gets them: laid out as their weights also where
     they are quantised, but for scales that are too few to be cut.
     """

@@ -51,6 +51,13 @@ def peak_flops(device: jax.Device) -> float | None:
     return None if found is None else found * 1e12
 
 
+def layer_weights(config: phi3.Phi3Config) -> int:
+    """Weights in the matrices of one layer."""
+    heads, D = config.num_attention_heads, config.hidden_size
+    in_attention = 2 * (heads + config.num_key_value_heads) * config.head_dim
+    return D * (in_attention + 3 * config.intermediate_size)
+
+
 def flops_per_token(config: phi3.Phi3Config, tokens: int, lora: LoraConfig | None) -> float:
     """Floating-point operations that training needs for each token of a row.
 
@@ -59,13 +66,11 @@ def flops_per_token(config: phi3.Phi3Config, tokens: int, lora: LoraConfig | Non
     product costs four operations a weight and not six. What is computed again (remat) and the
     lookup of the embedding do not count; packed documents need less attention than a whole row.
     """
-    heads = config.num_attention_heads
-    D, K, H = config.hidden_size, config.num_key_value_heads, config.head_dim
-    layer = D * (heads + 2 * K) * H + heads * H * D + 3 * D * config.intermediate_size
-    weights = config.num_hidden_layers * layer + config.vocab_size * D
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    weights = layers * layer_weights(config) + config.vocab_size * config.hidden_size
     seen = tokens if config.sliding_window is None else min(tokens, config.sliding_window)
     pairs = seen - seen * seen / (2 * tokens)  # keys that a query sees, on average
-    attention = config.num_hidden_layers * 4 * pairs * heads * H
+    attention = layers * 4 * pairs * heads * config.head_dim
     return (6 if lora is None else 4) * weights + 3 * attention
 
 

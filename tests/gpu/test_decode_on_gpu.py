@@ -1,7 +1,7 @@
 """What a decoding step holds and sends on H100s, by the GPU's compiler (jax 0.10.2)."""
 
 import pytest
-from decode_jobs import MINI, Job
+from compiler_jobs import MINI, Job
 
 from plan.hlo import count, read
 

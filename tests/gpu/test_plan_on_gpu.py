@@ -1,8 +1,8 @@
 """phi3-plan with the GPU compiler."""
 
 import pytest
+from compiler_jobs import small_config
 
-import phi3_jax as phi3
 from plan.figures import compile_job
 from plan.machines import machine
 from plan.programs import TrainJob
@@ -13,18 +13,8 @@ def test_a_training_step():
     """cuDNN's kernels run for every layer and part, the forward one once: its results are kept."""
     pytest.importorskip("jax_cuda12_plugin")
     pytest.importorskip("nvidia.cudnn")
-    config = phi3.Phi3Config(
-        vocab_size=512,
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=4096,
-        sliding_window=200,
-        pad_token_id=0,
-    )
     changes = ["data.sequence_length=256", "batch_size=8", "accumulate=2"]
-    job = TrainJob("page", load_config("sft_mini_4k_h100x8", changes), config)
+    job = TrainJob("page", load_config("sft_mini_4k_h100x8", changes), small_config())
     found = compile_job(job, machine("h100:4"))
     assert found.fits and found.peak_bytes == sum(found.memory.values())
     pairs = 200 * 201 / 2 + 56 * 200

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
-from decode_jobs import GIB, MEDIUM, MINI, Job
+from compiler_jobs import GIB, MEDIUM, MINI, Job
 
 from plan.hlo import count, read
 

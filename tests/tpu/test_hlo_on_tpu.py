@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from compiler_jobs import training_step
 from jax.sharding import NamedSharding, PartitionSpec
 
 import phi3_jax as phi3
-from phi3_jax.sharding import abstract_params, named_sharding
 from plan.hlo import read
 from plan.machines import machine
 
@@ -98,23 +98,6 @@ def test_between_slices(tpu_devices):
     (one,) = [each for each in found.collectives if each.network == "dcn"]
     assert (one.kind, one.group, one.times) == ("all-reduce", 2, 1)
     assert one.nbytes <= 4 * 1024 * 512  # the compiler may send it as bfloat16, or in shares
-
-
-def training_step(layers, mesh):
-    config = phi3.Phi3Config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    model = phi3.Phi3ForCausalLM(config, jnp.bfloat16, jnp.bfloat16, mesh, remat="full")
-    place = named_sharding(("batch", None), (8, 256), mesh)
-    ids = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=place)
-    step = jax.jit(jax.grad(lambda p, ids: model.apply({"params": p}, ids, labels=ids).loss))
-    return read(step.lower(abstract_params(model), ids).compile().as_text())
 
 
 def test_a_layer_of_a_training_step(tpu_mesh):

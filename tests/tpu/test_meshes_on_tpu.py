@@ -26,7 +26,6 @@ def training_step(config, mesh, rows, tokens):
     return jax.jit(jax.value_and_grad(loss)).lower(abstract_params(model), ids, ids).compile()
 
 
-@pytest.mark.slow
 def test_rows_of_131072_tokens_train(tpu_mesh):
     """phi-3.5-mini at full width, two layers, one row over eight chips: nothing is sent of the
     activations but the results of qkv_proj and of the attention, forward and backward. The latter

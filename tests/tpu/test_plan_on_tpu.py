@@ -1,6 +1,7 @@
 """phi3-plan with the TPU compiler: small jobs that fit and that do not, and one at full size."""
 
 import pytest
+from compiler_jobs import small_config
 
 import phi3_jax as phi3
 from plan.advice import advise
@@ -15,26 +16,10 @@ def libtpu():
     pytest.importorskip("libtpu")
 
 
-def small(**changes) -> phi3.Phi3Config:
-    values = dict(
-        vocab_size=512,
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=4096,
-        sliding_window=200,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return phi3.Phi3Config(**{**values, **changes})
-
-
 def test_a_training_step(libtpu):
     """Kernels run for every layer and part: twice forward, once for each of the gradients."""
     changes = ["data.sequence_length=256", "batch_size=8", "accumulate=2", "model.remat=full"]
-    job = TrainJob("page", load_config("sft_mini_4k_v5e8", changes), small())
+    job = TrainJob("page", load_config("sft_mini_4k_v5e8", changes), small_config())
     found = compile_job(job, machine("v5e:2x2"))
     assert found.fits and found.limit_bytes == int(15.75 * 2**30)
     assert found.peak_bytes == sum(found.memory.values())
@@ -47,10 +32,24 @@ def test_a_training_step(libtpu):
     assert {"all-reduce", "all-gather"} <= {one.kind for one in found.collectives}
 
 
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_other_generations(libtpu, topology, capfd):
+    """Where jaxlib cannot write the program down, libtpu's own text is read, without a word."""
+    chips = machine(topology)
+    changes = ["data.sequence_length=256", f"batch_size={len(chips.devices)}", "accumulate=1"]
+    found = compile_job(
+        TrainJob("page", load_config("sft_mini_4k_v5e8", changes), small_config()), chips
+    )
+    assert found.fits and found.limit_bytes == chips.chip.hbm_bytes
+    assert found.flops > found.model_flops / len(chips.devices)
+    assert found.collectives and found.seconds > 0
+    assert capfd.readouterr().err == ""
+
+
 def test_what_does_not_fit_is_said_with_what_would(libtpu):
     """24 GiB of cache on a chip of 15.75: half of it fits, in eight bits."""
     batch = 24 * 2**30 // (3 * 2 * 2 * 96 * 2 * 4096)
-    job = DecodeJob("small", small(sliding_window=None), batch, 4096, parse_mesh("tensor=1"))
+    job = DecodeJob("small", small_config(sliding_window=None), batch, 4096, parse_mesh("tensor=1"))
     chip = machine("v5e:1x1")
     found = compile_job(job, chip)
     assert not found.fits and found.estimate is None

@@ -8,6 +8,7 @@ from plan.hlo import read
 from plan.machines import machine
 from plan.programs import TrainJob
 from train.config import load_config
+from train.metrics import layer_weights
 
 GIB, MIB = 2**30, 2**20
 
@@ -27,13 +28,6 @@ def job(page: str, member: str, layers: int | None, *changes: str) -> TrainJob:
     return TrainJob(page, load_config(page, [*changes, "accumulate=1"]), config)
 
 
-def matrices(config: phi3.Phi3Config) -> int:
-    """Weights of a layer's projections."""
-    D, heads = config.hidden_size, config.num_attention_heads
-    in_attention = 2 * heads + 2 * config.num_key_value_heads
-    return D * (in_attention * config.head_dim + 3 * config.intermediate_size)
-
-
 def test_weights_are_sent_as_often_as_they_must(libtpu):
     """phi-3-mini over fsdp=8, two layers: gathered for the forward pass and for the backward pass
     with what it computes again, in two bytes, and their gradients summed where they are cut.
@@ -42,7 +36,7 @@ def test_weights_are_sent_as_often_as_they_must(libtpu):
     counts = read(one.lower(machine("v5e:2x4").devices).lowered.compile().as_text())
     in_layers = [found for found in counts.collectives if found.depth]
     gathered = [found for found in in_layers if found.kind == "all-gather"]
-    weights = matrices(one.shape)
+    weights = layer_weights(one.shape)
     assert sum(found.times * found.nbytes for found in gathered) == 2 * 2 * 2 * weights
     assert sum(found.times for found in gathered if found.asynchronous) >= 2 * 6
     # Gradients go round in rings of a product and a sum; no more than norms are whole anywhere.
@@ -70,7 +64,7 @@ def test_no_copy_of_all_layers_weights_is_made(libtpu):
         ).peak_bytes
         for layers in (2, 6)
     ]
-    a_layer = 4 * 4 * matrices(config) / 8 + 2 * 4096 * config.hidden_size
+    a_layer = 4 * 4 * layer_weights(config) / 8 + 2 * 4096 * config.hidden_size
     assert (peaks[1] - peaks[0]) / 4 < 1.02 * a_layer
 
 

@@ -1,4 +1,4 @@
-"""Shapes of the programs of generation at full size, for compilers of devices that are not here."""
+"""Programs for the compilers of devices that are not here: small steps, full-size decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,46 @@ from phi3_jax.generation.decoding import (
 from phi3_jax.generation.settings import Past, Settings
 from phi3_jax.rope import rope_tables
 from phi3_jax.sharding import abstract_params, named_sharding
+from plan.hlo import Counts, read
 
 GIB = 2**30
 # 32 key-value heads of 96: 4 a device of 8; and 10 of 128, which such a mesh pads to 16.
 MINI, MEDIUM = "phi-3-mini-4k", "phi-3-medium-4k"
+
+
+def small_config(**changes) -> phi3.Phi3Config:
+    """Heads of 96 and a window, for jobs of phi3-plan."""
+    values = dict(
+        vocab_size=512,
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        sliding_window=200,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return phi3.Phi3Config(**{**values, **changes})
+
+
+def training_step(layers: int, mesh) -> Counts:
+    """Counts of a gradient of bfloat16 weights, all computed again in the backward pass."""
+    config = phi3.Phi3Config(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = phi3.Phi3ForCausalLM(config, jnp.bfloat16, jnp.bfloat16, mesh, remat="full")
+    place = named_sharding(("batch", None), (8, 256), mesh)
+    ids = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=place)
+    step = jax.jit(jax.grad(lambda p, ids: model.apply({"params": p}, ids, labels=ids).loss))
+    return read(step.lower(abstract_params(model), ids).compile().as_text())
 
 
 class Job:

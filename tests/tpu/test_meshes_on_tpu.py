@@ -92,4 +92,5 @@ def test_between_slices_gradients_alone_are_sent(tpu_devices):
     mesh = phi3.make_mesh(2, 2, 2, tpu_devices("v5e:2x4", slices=2), sequence=2)
     text = training_step(config, mesh, 4, 256).as_text()
     sent = re.findall(r'_xla_host_transfer_rendezvous="([a-z\-]+)', text)
-    assert set(sent) == {"all-reduce"}
+    # Older libtpus call it by jax's own name.
+    assert sent and set(sent) <= {"all-reduce", "psum"}

@@ -36,9 +36,9 @@ def to_orbax(
     with staged_folder(target, force) as stage:
         copy_side_files(folder, stage)
         create_arrays(stage, weights.table, weights.leaves)
-        writer = OrbaxWriter(stage, weights.table)
-        parts = read_ahead(lambda part: weights.read(*part), weights.table.parts)
-        for (path, layer), array in parts:
-            writer.write(path, layer, array)
-            done += array.nbytes
-            report(done, total)
+        with OrbaxWriter(stage, weights.table) as writer:
+            parts = read_ahead(lambda part: weights.read(*part), weights.table.parts)
+            for (path, layer), array in parts:
+                writer.write(path, layer, array)
+                done += array.nbytes
+                report(done, total)

@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from phi3_jax.attention_kernels import SAVED_NAME, cudnn_attention, splash_attention
-from phi3_jax.cache import Quantized, Stored
 from phi3_jax.sharding import Mesh, logical_spec, named_sharding
+from phi3_jax.slots import Quantized, Stored
 
 # Scores that a device holds at a time, in bytes: those of more queries are computed in pieces.
 SCORE_BYTES = 2**26
@@ -120,7 +120,8 @@ def attend(
     Args:
       q_BTKGH: queries, grouped by the key-value head that they share.
       keys, values: pieces, attended to as if they were one: what is cached [B, K, S, H], where
-        there is a cache, and that of this call [B, T, K, H]. Only "xla" takes a cache, or dropout.
+        there is a cache, and that of this call [B, T, K, H], or None where the cache has it
+        already. Only "xla" takes a cache, or dropout.
       visible: what the queries see.
       mesh: of the model; the fused kernels are laid out on it.
       dropout: rate and key, for the probabilities.
@@ -129,10 +130,9 @@ def attend(
       [B, T, K, G, H] in the dtype of q, and the probabilities [B, K, G, T, S] of "xla", else None.
     """
     if visible.implementation == "xla":
-        pieces = [
-            [*(_by_rows(piece, mesh) for piece in cached), new.swapaxes(1, 2)]
-            for *cached, new in (keys, values)
-        ]
+        pieces = [[_by_rows(piece, mesh) for piece in cached] for *cached, _ in (keys, values)]
+        for some, new_BTKH in zip(pieces, (keys[-1], values[-1]), strict=True):
+            some += [] if new_BTKH is None else [new_BTKH.swapaxes(1, 2)]
         out, probs = _attend_xla(q_BTKGH, *pieces, visible.masks, mesh, dropout)
         return checkpoint_name(out, SAVED_NAME), probs
     (k_BTKH,), (v_BTKH,) = keys, values
@@ -162,7 +162,7 @@ def _attend_xla(q_BTKGH, keys, values, masks, mesh, dropout):
     """
     T = q_BTKGH.shape[1]
     queries = _queries_at_once(q_BTKGH, keys, mesh)
-    out, probs = _mix(q_BTKGH, keys, values, masks, dropout)
+    out, probs = _mix(q_BTKGH, keys, values, masks, mesh, dropout)
     if queries >= T or dropout is not None:
         return out, probs
 
@@ -170,7 +170,7 @@ def _attend_xla(q_BTKGH, keys, values, masks, mesh, dropout):
     def piece(start):
         some = [_of_queries(mask, start, queries) for mask in masks]
         q_BtKGH = lax.dynamic_slice_in_dim(q_BTKGH, start, queries, axis=1)
-        return _mix(q_BtKGH, keys, values, some, None)[0]
+        return _mix(q_BtKGH, keys, values, some, mesh, None)[0]
 
     # The last piece may begin inside of the one before.
     starts = jnp.minimum(jnp.arange(0, T, queries), T - queries)
@@ -195,7 +195,7 @@ def _of_queries(mask: Mask, start: jax.Array, number: int) -> Mask:
     return lax.dynamic_slice_in_dim(mask, start, number, axis=3)
 
 
-def _mix(q_BTKGH, keys, values, masks, dropout):
+def _mix(q_BTKGH, keys, values, masks, mesh, dropout):
     """Values mixed by the softmax of the scores, and the probabilities.
 
     On a TPU few queries get company, zeros: see TPU_ROWS.
@@ -204,19 +204,19 @@ def _mix(q_BTKGH, keys, values, masks, dropout):
     _, T, _, G, _ = q_BTKGH.shape
     more = -(-TPU_ROWS // G) - T
     if more <= 0 or dropout is not None:
-        return _softmax_mix(q_BTKGH, keys, values, masks, dropout)
+        return _softmax_mix(q_BTKGH, keys, values, masks, mesh, dropout)
 
     def padded(q_BTKGH, keys, values, masks):
         pad = lambda x, axis: jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])  # noqa: E731
         masks = [mask if mask.shape[3] == 1 else pad(mask, 3) for mask in masks]
-        out, probs = _softmax_mix(pad(q_BTKGH, 1), keys, values, masks, None)
+        out, probs = _softmax_mix(pad(q_BTKGH, 1), keys, values, masks, mesh, None)
         return out[:, :T], probs[..., :T, :]
 
-    plain = functools.partial(_softmax_mix, dropout=None)
+    plain = functools.partial(_softmax_mix, mesh=mesh, dropout=None)
     return lax.platform_dependent(q_BTKGH, keys, values, masks, tpu=padded, default=plain)
 
 
-def _softmax_mix(q_BTKGH, keys, values, masks, dropout):
+def _softmax_mix(q_BTKGH, keys, values, masks, mesh, dropout):
     """Scores and softmax are float32; probabilities are cast to the dtype of q before they meet the
     values, as in the reference (`eager_attention_forward`).
 
@@ -225,7 +225,7 @@ def _softmax_mix(q_BTKGH, keys, values, masks, dropout):
     consequence. The scales of quantised pieces multiply scores and probabilities, which are fewer
     than the values. The pieces are never put together: the cache would be copied for it.
     """
-    scores = [_scores(q_BTKGH, *piece) for piece in zip(keys, masks, strict=True)]
+    scores = [_scores(q_BTKGH, *piece, mesh) for piece in zip(keys, masks, strict=True)]
     best = [score_BKGTS.max(axis=-1, keepdims=True) for score_BKGTS in scores]
     highest = lax.stop_gradient(functools.reduce(jnp.maximum, best))
     weights = [jnp.exp(score_BKGTS - highest) for score_BKGTS in scores]
@@ -242,16 +242,14 @@ def _softmax_mix(q_BTKGH, keys, values, masks, dropout):
         v_BKSH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
         if scale_BKS is not None:
             prob_BKGTS = (prob_BKGTS * scale_BKS[:, :, None, None]).astype(q_BTKGH.dtype)
-        mixed += jnp.einsum("BKGTS,BKSH->BTKGH", prob_BKGTS, v_BKSH)
+        mixed += _sums(prob_BKGTS, v_BKSH, mesh)
     return mixed.astype(q_BTKGH.dtype), whole_BKGTS
 
 
-def _scores(q_BTKGH: jax.Array, piece: Stored, mask: jax.Array) -> jax.Array:
+def _scores(q_BTKGH: jax.Array, piece: Stored, mask: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Scores of one piece of keys, masked: float32 [B, K, G, T, S]."""
     k_BKSH, scale_BKS = _unpacked(piece, q_BTKGH.dtype)
-    score_BKGTS = q_BTKGH.shape[-1] ** -0.5 * jnp.einsum(
-        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-    )
+    score_BKGTS = q_BTKGH.shape[-1] ** -0.5 * _products(q_BTKGH, k_BKSH, mesh)
     if scale_BKS is not None:
         score_BKGTS = score_BKGTS * scale_BKS[:, :, None, None]
     if 1 < mask.shape[1] < k_BKSH.shape[1]:  # a caller's mask knows no padded heads
@@ -262,6 +260,38 @@ def _scores(q_BTKGH: jax.Array, piece: Stored, mask: jax.Array) -> jax.Array:
         return jnp.where(mask, score_BKGTS, lowest)
     # Rows of nothing but -inf would be NaN.
     return jnp.maximum(score_BKGTS + mask, lowest)
+
+
+def _products(q_BTKGH: jax.Array, k_BKSH: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Queries times keys, float32 [B, K, G, T, S]."""
+    wide = {"preferred_element_type": jnp.float32}
+    plain = functools.partial(jnp.einsum, "BTKGH,BKSH->BKGTS", **wide)
+    if mesh is not None:
+        return plain(q_BTKGH, k_BKSH)
+
+    def by_head(q_BTKGH, k_BKSH):
+        B, T, K, G, H = q_BTKGH.shape
+        q_NMH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
+        k_NSH = k_BKSH.reshape(B * K, -1, H)
+        return jnp.einsum("NMH,NSH->NMS", q_NMH, k_NSH, **wide).reshape(B, K, G, T, -1)
+
+    # With rows and heads apart, XLA's CPU compiler copies the cache into another order.
+    return lax.platform_dependent(q_BTKGH, k_BKSH, cpu=by_head, default=plain)
+
+
+def _sums(prob_BKGTS: jax.Array, v_BKSH: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Values mixed by probabilities, [B, T, K, G, H]; as `_products`."""
+    plain = functools.partial(jnp.einsum, "BKGTS,BKSH->BTKGH")
+    if mesh is not None:
+        return plain(prob_BKGTS, v_BKSH)
+
+    def by_head(prob_BKGTS, v_BKSH):
+        B, K, G, T, S = prob_BKGTS.shape
+        prob_NMS, v_NSH = prob_BKGTS.reshape(B * K, G * T, S), v_BKSH.reshape(B * K, S, -1)
+        out_NMH = jnp.einsum("NMS,NSH->NMH", prob_NMS, v_NSH)
+        return out_NMH.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4)
+
+    return lax.platform_dependent(prob_BKGTS, v_BKSH, cpu=by_head, default=plain)
 
 
 def _unpacked(piece: Stored, dtype) -> tuple[jax.Array, jax.Array | None]:

@@ -2,36 +2,33 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.sharding import Names, constrain, padded_shape
+from phi3_jax.slots import (
+    LayerSlots,
+    Quantized,
+    Stored,
+    apart,
+    laid_out,
+    merged,
+    put,
+    quantize,
+    stacked,
+    unstacked,
+)
 
 # Heads before slots: a head is a matrix [S, H], which fills the tiles of a TPU. The other way round
 # it is heads a device and H, and the compiler copied the cache of two heads a device at each token.
 _NAMES = (None, "batch", "attention_heads", "slots", None)
-
-
-class Quantized(NamedTuple):
-    """Vectors in eight bits: values * scale is what they stand for.
-
-    values: int8 [..., H], in [-127, 127].
-    scale: float32 [...], the largest absolute value of the vector / 127.
-    """
-
-    values: jax.Array
-    scale: jax.Array
-
-
-Stored = jax.Array | Quantized
 
 
 @flax.struct.dataclass
@@ -49,15 +46,10 @@ class KVCache:
     forgets is nothing that a later token could see, so it serves like a full cache of its capacity;
     only `truncate` reaches less far back, and 4D masks need a full cache.
 
-    A quantised cache keeps int8 and one float32 scale a vector: (H + 4) / 4H of the bytes of
-    float32, (H + 4) / 2H of those of bfloat16. It is not exact: a value is off by up to 1/254 of
-    the largest in its vector. The tokens of one call see each other unrounded, so that a prompt
-    run in one call has exact logits. Those of later calls are off, as root mean square and share of
-    their standard deviation, by 0.2 % in a random model of 4 layers with heads of 64 (float32), and
-    by 2 to 4 % in those of the tests, whose weights are fifteen times as large.
-
     Attributes:
-      k_LBKSH, v_LBKSH: rotated keys, and values; as `Quantized` in a quantised cache.
+      k_LBKSH, v_LBKSH: rotated keys, and values; as `Quantized` in a quantised cache. Or tuples of
+        L [N, S, H], N = B * K, each layer's slots an array of their own (`split`): where the layers
+        are no loop, XLA's CPU compiler writes into those in place, and copies others.
       valid_BS: bool, the slots that hold a token of the row.
       length: int32 scalar, the columns used so far.
       column_BS: int32, the column that each slot of a ring holds, where it is valid; None for a
@@ -68,8 +60,8 @@ class KVCache:
         a compiled loop has to be written once before.
     """
 
-    k_LBKSH: Stored
-    v_LBKSH: Stored
+    k_LBKSH: Stored | tuple[Stored, ...]
+    v_LBKSH: Stored | tuple[Stored, ...]
     valid_BS: jax.Array
     length: jax.Array
     column_BS: jax.Array | None = None
@@ -86,6 +78,7 @@ class KVCache:
         mesh: Mesh | None = None,
         ring: bool = False,
         quantized: bool = False,
+        split: bool = False,
     ) -> "KVCache":
         """An empty cache for `capacity` columns, for a model on this mesh.
 
@@ -96,14 +89,20 @@ class KVCache:
           ring: only as many slots as config.sliding_window; a full cache where that is None, or no
             less than the capacity.
           quantized: keys and values in int8.
+          split: an array for each layer.
         """
         slots = capacity
         if ring and config.sliding_window is not None:
             slots = min(capacity, config.sliding_window)
         heads, width = _heads(config, mesh)
-        shape = (config.num_hidden_layers, batch, heads, slots, width)
+        layers = config.num_hidden_layers
 
-        def empty() -> Stored:
+        def empty() -> Stored | tuple[Stored, ...]:
+            return tuple(zeros() for _ in range(layers)) if split else zeros(layers)
+
+        def zeros(*layers: int) -> Stored:
+            rows = (*layers, batch, heads) if layers else (batch * heads,)
+            shape = (*rows, slots, width)
             if not quantized:
                 return jnp.zeros(shape, dtype)
             return Quantized(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
@@ -127,7 +126,13 @@ class KVCache:
         """The cache with a function applied to each array that has slots, and the names of its
         axes: "slots", and those of sharding.RULES.
         """
-        vectors = lambda x: function(x, _NAMES[: x.ndim])  # noqa: E731
+
+        def vectors(x: jax.Array) -> jax.Array:
+            if not self.is_split:
+                return function(x, _NAMES[: x.ndim])
+            x = apart(x, len(self.valid_BS))
+            return merged(function(x, _NAMES[1 : 1 + x.ndim]))
+
         rows = lambda x: function(x, ("batch", "slots"))  # noqa: E731
         return dataclasses.replace(
             self,
@@ -136,6 +141,36 @@ class KVCache:
             valid_BS=rows(self.valid_BS),
             column_BS=None if self.column_BS is None else rows(self.column_BS),
         )
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each layer's slots are an array of their own."""
+        return isinstance(self.k_LBKSH, tuple) and not isinstance(self.k_LBKSH, Quantized)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values are in eight bits."""
+        return isinstance(self._some, Quantized)
+
+    @property
+    def _some(self) -> Any:
+        """Keys of a layer, or of all."""
+        return self.k_LBKSH[0] if self.is_split else self.k_LBKSH
+
+    def split(self, wanted: bool = True, dtype: Any = None) -> "KVCache":
+        """The cache with an array for each layer, or with all layers stacked.
+
+        A copy, unless it is that already and of this dtype; a quantised one keeps its dtypes.
+        """
+        cache = self
+        if dtype is not None and not self.is_quantized:
+            cache = self.mapped(lambda x, names: x if len(names) == 2 else x.astype(dtype))
+        if wanted == self.is_split:
+            return cache
+        rows = len(self.valid_BS)
+        turned: Any = unstacked if wanted else lambda layers: stacked(layers, rows)
+        k_LBKSH, v_LBKSH = turned(cache.k_LBKSH), turned(cache.v_LBKSH)
+        return dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
 
     @property
     def capacity(self) -> int:
@@ -160,7 +195,10 @@ class KVCache:
         is refused there, and the caller has to know that the rest fits.
         """
         sizes = (config.num_hidden_layers, batch, *_heads(config, mesh))
-        layers, rows, kv_heads, _, head_dim = _array(self.k_LBKSH).shape
+        some = _array(self._some)
+        layers = len(self.k_LBKSH if self.is_split else some)
+        rows = len(self.valid_BS)
+        kv_heads, head_dim = some.shape[-3] // (rows if self.is_split else 1), some.shape[-1]
         if (layers, rows, kv_heads, head_dim) != sizes:
             raise ValueError(
                 f"the cache has (layers, rows, key-value heads, head dim) "
@@ -179,10 +217,42 @@ class KVCache:
                 "do not fit; make a larger cache, or give fewer tokens"
             )
 
-    def write(self, k_LBTKH: jax.Array, v_LBTKH: jax.Array, mask_BT: jax.Array | None) -> "KVCache":
-        """The cache with T more columns; where mask_BT is False a slot stays as it was."""
+    def layers(self) -> Any:
+        """Keys and values: of a split cache a list of each layer's [B, K, S, H]; otherwise all."""
+        if not self.is_split:
+            return self.k_LBKSH, self.v_LBKSH
+        rows = len(self.valid_BS)
+        both = jax.tree.map(lambda x: apart(x, rows), (self.k_LBKSH, self.v_LBKSH))
+        return list(zip(*both, strict=True))
+
+    def slots_of_layers(self, mask_BT: jax.Array | None) -> list["LayerSlots"] | None:
+        """The slots of each layer, for a call that writes before it reads: those read first are
+        copied by XLA's CPU compiler. None where the call has to see what it overwrites (a ring), or
+        its own tokens unrounded (a quantised cache).
+        """
+        if not self.is_split or self.is_quantized or self.column_BS is not None:
+            return None
+        pairs: Any = zip(self.k_LBKSH, self.v_LBKSH, strict=True)
+        return [LayerSlots(k, v, self.length, mask_BT) for k, v in pairs]
+
+    def written(self, k_LBKSH, v_LBKSH, tokens: int, mask_BT: jax.Array | None) -> "KVCache":
+        """The cache after `slots_of_layers` were written: they are what came of it."""
+        return dataclasses.replace(
+            self,
+            k_LBKSH=k_LBKSH,
+            v_LBKSH=v_LBKSH,
+            valid_BS=self._valid(tokens, mask_BT, self.length),
+            length=self.length + tokens,
+            filled=True,
+        )
+
+    def write(self, k_LBTKH: Any, v_LBTKH: Any, mask_BT: jax.Array | None) -> "KVCache":
+        """The cache with T more columns; where mask_BT is False a slot stays as it was.
+
+        k_LBTKH, v_LBTKH: arrays, or tuples of L where the cache is split.
+        """
         new = self._as_stored(k_LBTKH), self._as_stored(v_LBTKH)
-        tokens = k_LBTKH.shape[2]
+        tokens = jax.tree.leaves(k_LBTKH)[0].shape[-3]
         if self.column_BS is None:
             written = self._put(new, mask_BT, self.length)
         elif tokens == 1:
@@ -191,49 +261,54 @@ class KVCache:
             written = self._put(*self._by_slot(new, mask_BT))
         return dataclasses.replace(written, length=self.length + tokens, filled=True)
 
-    def _as_stored(self, x_LBTKH: jax.Array) -> Stored:
-        x_LBKTH = x_LBTKH.swapaxes(2, 3)
-        if isinstance(self.k_LBKSH, Quantized):
-            return quantize(x_LBKTH)
-        return x_LBKTH.astype(self.k_LBKSH.dtype)
+    def _as_stored(self, x_LBTKH: Any) -> Any:
+        def stored(x: jax.Array) -> Stored:
+            x = x.swapaxes(-3, -2)
+            x = merged(x) if self.is_split else x
+            return quantize(x) if self.is_quantized else x.astype(self._some.dtype)
+
+        return jax.tree.map(stored, x_LBTKH)
 
     def _by_slot(self, new: tuple[Stored, Stored], mask_BT: jax.Array | None):
         """New columns in the order of a ring's slots, as `_put` takes them."""
-        _, rows, _, tokens, _ = _array(new[0]).shape
+        tokens = jax.tree.leaves(new)[0].shape[self._axis]
         if mask_BT is None:
-            mask_BT = jnp.ones((rows, tokens), bool)
+            mask_BT = jnp.ones((len(self.valid_BS), tokens), bool)
         # Padding behind the last token of all rows must not push tokens out.
         used = jnp.max(jnp.where(mask_BT.any(axis=0), _arange(tokens) + 1, 0))
         last = self.length + used - 1
         column_S = last - (last - _arange(self.slots)) % self.slots
         index_S = column_S - self.length
-        new = jax.tree.map(lambda x: jnp.take(x, index_S, axis=3, mode="clip"), new)
+        new = jax.tree.map(lambda x: jnp.take(x, index_S, axis=self._axis, mode="clip"), new)
         mask_BS = jnp.take(mask_BT, index_S, axis=1, mode="clip") & (index_S >= 0)
         return new, mask_BS, 0, column_S
 
     def _put(self, new: tuple[Stored, Stored], mask_BT, start, column_T: Any = None) -> "KVCache":
         """Writes slots side by side, the first one `start`."""
-        old = (self.k_LBKSH, self.v_LBKSH)
-        _, rows, _, tokens, _ = _array(new[0]).shape
-        before = lambda x, axis: lax.dynamic_slice_in_dim(x, start, tokens, axis)  # noqa: E731
-        if mask_BT is None:
-            mask_BT = jnp.ones((rows, tokens), bool)
-        else:
-            keep = lambda x: jnp.expand_dims(mask_BT, (0, 2, *range(4, x.ndim)))  # noqa: E731
-            merged = lambda x, old: jnp.where(keep(x), x, before(old, 3))  # noqa: E731
-            new = jax.tree.map(merged, new, old)
-        put = lax.dynamic_update_slice_in_dim
-        write = lambda x, new: _laid_out(put(x, new, start, axis=3))  # noqa: E731
-        k_LBKSH, v_LBKSH = jax.tree.map(write, old, new)
+        write = lambda old, new: laid_out(put(old, new, mask_BT, start, self._axis))  # noqa: E731
+        k_LBKSH, v_LBKSH = jax.tree.map(write, (self.k_LBKSH, self.v_LBKSH), new)
+        tokens = jax.tree.leaves(new)[0].shape[self._axis]
         column_BS = self.column_BS
         if column_BS is not None:
-            column_BT = jnp.where(mask_BT, column_T, before(column_BS, 1))
-            column_BS = put(column_BS, column_BT, start, axis=1)
-        valid_BT = mask_BT | before(self.valid_BS, 1)
-        valid_BS = put(self.valid_BS, valid_BT, start, axis=1)
+            column_BT = jnp.broadcast_to(column_T, (len(column_BS), tokens))
+            column_BS = put(column_BS, column_BT, mask_BT, start, 1)
         return dataclasses.replace(
-            self, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, valid_BS=valid_BS, column_BS=column_BS
+            self,
+            k_LBKSH=k_LBKSH,
+            v_LBKSH=v_LBKSH,
+            valid_BS=self._valid(tokens, mask_BT, start),
+            column_BS=column_BS,
         )
+
+    @property
+    def _axis(self) -> int:
+        """The axis of the slots in keys, values and scales."""
+        return 1 if self.is_split else _NAMES.index("slots")
+
+    def _valid(self, tokens: int, mask_BT: jax.Array | None, start) -> jax.Array:
+        """valid_BS with the tokens of a call."""
+        new_BT = jnp.ones((len(self.valid_BS), tokens), bool)
+        return put(self.valid_BS, new_BT, mask_BT, start, 1)
 
     def rewind(self, rows_B: jax.typing.ArrayLike | None = None) -> "KVCache":
         """The cache about to be written again from its first column.
@@ -315,33 +390,6 @@ class KVCache:
             return lax.slice_in_dim(jnp.pad(x, padding), 0, capacity, axis=axis)
 
         return self.mapped(fit)
-
-
-def _laid_out(x_LBKSH: jax.Array) -> jax.Array:
-    """The cache as a TPU holds arguments and results of programs: of the slots and the width of a
-    vector the one that fills 128 lanes better is the minor axis.
-
-    Unasked, the compiler gives the cache of a loop the layout of what one step writes, and copies
-    all of it there and back: 8 GiB more for phi-3-mini in libtpu 0.0.52.
-    """
-    if x_LBKSH.ndim < 5:
-        return x_LBKSH  # scales
-    slots, width = x_LBKSH.shape[3:]
-    pads = lambda minor, major: (-minor % 128 / minor + 1) * (-major % 8 / major + 1)  # noqa: E731
-    last = (4, 3) if pads(slots, width) < pads(width, slots) else (3, 4)
-    layout = Layout((0, 1, 2, *last))
-    return lax.platform_dependent(
-        x_LBKSH, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
-    )
-
-
-def quantize(x: jax.Array) -> Quantized:
-    """Vectors [..., H] in eight bits."""
-    wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    # A vector of zeros has no scale to divide by.
-    values = jnp.round(wide / jnp.where(scale == 0, 1, scale)[..., None])
-    return Quantized(values.astype(jnp.int8), scale)
 
 
 def _arange(number: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 On disk every leaf is whole and has its own shape. In memory it is cut over the mesh, and padded at
 the end of the dimensions that the mesh does not divide; here is where one becomes the other, a
-layer at a time, so that no host ever holds a whole stacked leaf.
+layer at a time, so that no host ever holds a whole stacked leaf beside those of its devices.
 """
 
 import warnings
@@ -16,19 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from phi3_jax.classification import Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import find_folder, flush, folder_kind
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.hf_format import Head, HFWeights, LeafPath, WeightTable, raise_problems
+from phi3_jax.load_leaves import Weights, load_leaves, ranges_of, stored_part
 from phi3_jax.model import Model, Phi3ForCausalLM, Phi3Model
-from phi3_jax.orbax_format import OrbaxWeights, OrbaxWriter, create_arrays
 from phi3_jax.processes import by_all, staged_by_all
-from phi3_jax.read_ahead import read_ahead
 from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsWriter
-from phi3_jax.sharding import abstract_params, init_params, plain_tree
+from phi3_jax.sharding import abstract_params, default_device, init_params, plain_tree
 
 _HEADS: dict[type[nn.Module], Head] = {
     Phi3Model: "none",
@@ -37,11 +36,6 @@ _HEADS: dict[type[nn.Module], Head] = {
     Phi3ForTokenClassification: "score_bias",
 }
 
-Weights = HFWeights | OrbaxWeights
-
-# Start and stop along each dimension.
-Ranges = tuple[tuple[int, int], ...]
-
 
 def open_weights(folder: Path, config: Phi3Config) -> Weights:
     """The weights of a model folder of either format.
@@ -49,7 +43,11 @@ def open_weights(folder: Path, config: Phi3Config) -> Weights:
     Raises:
       ValueError: where they are not those of the config, with all that is wrong in one message.
     """
-    return (HFWeights if folder_kind(folder) == "hf" else OrbaxWeights)(folder, config)
+    if folder_kind(folder) == "hf":
+        return HFWeights(folder, config)
+    from phi3_jax.orbax_format import OrbaxWeights  # loads Orbax, which takes a while
+
+    return OrbaxWeights(folder, config)
 
 
 # --- Loading ---------------------------------------------------------------------------------
@@ -101,7 +99,7 @@ def from_pretrained(
         generation_config=GenerationConfig.from_pretrained(folder),
         mesh=mesh,
     )
-    leaves = flatten_dict(abstract_params(model))
+    leaves = _expected(model)
     places = {name: _stored_path(name, model, weights.table) for name in leaves}
     missing = [name for name, path in places.items() if path not in weights.leaves]
     _check_head(folder, model, places, weights)
@@ -114,7 +112,7 @@ def from_pretrained(
         for name, leaf in leaves.items()
         if name not in missing
     }
-    loaded = _load(weights, targets)
+    loaded = load_leaves(weights, targets)
     params = {name: loaded[path] for name, path in places.items() if path in loaded}
     if missing:
         names = ", ".join(".".join(name) for name in missing)
@@ -155,81 +153,15 @@ def _check_head(
     raise_problems(f"{type(model).__name__} from the weights in {str(folder)!r}", problems)
 
 
-def _load(
-    weights: Weights, targets: Mapping[LeafPath, jax.ShapeDtypeStruct]
-) -> dict[LeafPath, jax.Array]:
-    """The leaves of these padded shapes, dtypes and shardings, read layer by layer."""
-    parts = [part for part in weights.table.parts if part[0] in targets]
-    stacked = {path: targets[path] for path, layer in parts if layer == 0}
-    shardings = {path: target.sharding for path, target in stacked.items()}
-    zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in stacked.items()}  # noqa: E731
-    arrays = jax.jit(zeros, out_shardings=shardings)()
-    put = {
-        path: jax.jit(_put_layer, donate_argnums=0, out_shardings=sharding)
-        for path, sharding in shardings.items()
+def _expected(model: nn.Module) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+    """`abstract_params` by path; without a mesh those of the table, and the model is not traced."""
+    if model.mesh is not None:
+        return flatten_dict(abstract_params(model))
+    table, place = _table(model), SingleDeviceSharding(default_device())
+    return {
+        path: jax.ShapeDtypeStruct(table.shape(path), model.param_dtype, sharding=place)
+        for path in sorted(table.weights)  # as JAX orders a tree
     }
-
-    def read(part: tuple[LeafPath, int | None]) -> dict[Ranges, np.ndarray]:
-        path, layer = part
-        target = targets[path] if layer is None else _one_layer(targets[path])
-        indices = target.sharding.addressable_devices_indices_map(target.shape).values()
-        # Devices that hold the same part are given the same array.
-        wanted = {_ranges(index, target.shape) for index in indices}
-        return {key: _read_part(weights, path, layer, key, target.dtype) for key in wanted}
-
-    for (path, layer), cut in read_ahead(read, parts):
-        target = targets[path] if layer is None else _one_layer(targets[path])
-        array = jax.make_array_from_callback(
-            target.shape,
-            target.sharding,
-            lambda index, target=target, cut=cut: cut[_ranges(index, target.shape)],
-            dtype=target.dtype,
-        )
-        if layer is not None:
-            array = put[path](arrays[path], array, np.int32(layer))
-        # Waiting keeps the copies of many layers from being in memory at once.
-        arrays[path] = jax.block_until_ready(array)
-    return arrays
-
-
-def _put_layer(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
-
-
-def _one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A layer of a stacked leaf, cut over the mesh as the leaf is."""
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        assert sharding.spec[0] is None, "layers are on every device"
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
-
-
-def _ranges(index: Any, shape: tuple[int, ...]) -> Ranges:
-    return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
-
-
-def _inside(ranges: Ranges, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of some ranges that is not padding, which begins where the stored shape ends."""
-    return tuple(
-        slice(min(start, size), min(stop, size))
-        for (start, stop), size in zip(ranges, shape, strict=True)
-    )
-
-
-def _read_part(
-    weights: Weights, path: LeafPath, layer: int | None, ranges: Ranges, dtype: np.dtype
-) -> np.ndarray:
-    """One part of a tensor, with zeros where it is padding."""
-    inside = _inside(ranges, weights.table.layer_shape(path))
-    stored = tuple(axis.stop - axis.start for axis in inside)
-    shape = tuple(stop - start for start, stop in ranges)
-    if stored == shape:
-        return weights.read(path, layer, inside).astype(dtype, copy=False)
-    part = np.zeros(shape, dtype)
-    if all(stored):
-        part[tuple(map(slice, stored))] = weights.read(path, layer, inside)
-    return part
 
 
 # --- Saving ----------------------------------------------------------------------------------
@@ -293,42 +225,39 @@ def save_checkpoint(
       ValueError: where the parameters are not those of the model.
       RuntimeError: in the processes that did not fail, where another one did.
     """
+    from phi3_jax.orbax_format import OrbaxWriter, create_arrays  # loads Orbax: a while
+
     table, arrays, leaves = _check_params(model, params)
     with staged_by_all(folder, force) as stage:
         with by_all():
             if jax.process_index() == 0:
                 _write_configs(stage, model, leaves[table.embedding].dtype)
             create_arrays(stage, table, leaves)
-        with by_all():
-            writer = OrbaxWriter(stage, table)
-
-            def write(part: tuple[LeafPath, int | None, jax.Array]) -> None:
-                path, layer, array = part
+        with by_all(), OrbaxWriter(stage, table) as writer:
+            for path, layer, array in _layers(table, arrays):
                 for shard in _own_shards(array):
-                    ranges = _ranges(shard.index, array.shape)
-                    inside = _inside(ranges, table.layer_shape(path))
+                    ranges = ranges_of(shard.index, array.shape)
+                    inside = stored_part(ranges, table.layer_shape(path))
                     stored = tuple(slice(axis.stop - axis.start) for axis in inside)
                     writer.write(path, layer, np.asarray(shard.data)[stored], inside)
-
-            for _ in read_ahead(write, _layers(table, arrays)):
-                pass
         if jax.process_index() != 0:
             flush(stage)  # what this host wrote; the first process waits for its own
 
 
-def _head(model: nn.Module) -> Head:
-    return next(head for known, head in _HEADS.items() if isinstance(model, known))
+def _table(model: nn.Module) -> WeightTable:
+    """The weights that a model has."""
+    head = next(head for known, head in _HEADS.items() if isinstance(model, known))
+    if head == "score_bias" and not model.config.token_classification_bias:
+        head = "score"
+    return WeightTable(model.config, head)
 
 
 def _check_params(
     model: nn.Module, params: Mapping[str, Any]
 ) -> tuple[WeightTable, dict[LeafPath, jax.Array], dict[LeafPath, Leaf]]:
     """The model's table, its parameters by path, and what they are without padding."""
-    head = _head(model)
-    if head == "score_bias" and not model.config.token_classification_bias:
-        head = "score"
-    table = WeightTable(model.config, head)
-    padded = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(model)).items()}
+    table = _table(model)
+    padded = {path: leaf.shape for path, leaf in _expected(model).items()}
     arrays = flatten_dict(plain_tree(params))
     leaves = {
         path: Leaf(

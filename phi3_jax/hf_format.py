@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -32,39 +32,41 @@ class Weight:
 
     Attributes:
       hf_name: HF's name, "{}" standing for the layer.
-      hf_axes: HF's dimensions, each the product of its letters, the outermost first.
+      hf_axes: HF's dimensions, each the product of its letters, the outermost first. Ours are the
+        letters one by one, in the same order.
       path: where the weight is in our tree.
-      axes: our dimensions, a letter each; "L" in front where the leaf stacks the layers.
       fused_qkv: HF has all queries, then all keys, then all values, where we have them by group.
     """
 
     hf_name: str
     hf_axes: tuple[str, ...]
     path: LeafPath
-    axes: str
     fused_qkv: bool = False
 
+    @property
+    def axes(self) -> str:
+        """Our dimensions, a letter each; "L" in front where the leaf stacks the layers."""
+        return ("L" if "{}" in self.hf_name else "") + "".join(self.hf_axes)
 
-def _layer_weight(name: str, hf_axes: tuple[str, ...], axes: str, fused_qkv=False) -> Weight:
+
+def _layer_weight(name: str, hf_axes: tuple[str, ...], fused_qkv: bool = False) -> Weight:
     path = ("model", "layers", *name.split("."), "weight")
-    return Weight(f"model.layers.{{}}.{name}.weight", hf_axes, path, axes, fused_qkv)
+    return Weight(f"model.layers.{{}}.{name}.weight", hf_axes, path, fused_qkv)
 
 
-EMBEDDING = Weight(
-    "model.embed_tokens.weight", ("V", "D"), ("model", "embed_tokens", "weight"), "VD"
-)
+EMBEDDING = Weight("model.embed_tokens.weight", ("V", "D"), ("model", "embed_tokens", "weight"))
 LAYER_WEIGHTS = (
-    _layer_weight("input_layernorm", ("D",), "LD"),
-    _layer_weight("self_attn.qkv_proj", ("KCH", "D"), "LDKCH", fused_qkv=True),
-    _layer_weight("self_attn.o_proj", ("D", "KGH"), "LKGHD"),
-    _layer_weight("post_attention_layernorm", ("D",), "LD"),
-    _layer_weight("mlp.gate_up_proj", ("2F", "D"), "LD2F"),
-    _layer_weight("mlp.down_proj", ("D", "F"), "LFD"),
+    _layer_weight("input_layernorm", ("D",)),
+    _layer_weight("self_attn.qkv_proj", ("KCH", "D"), fused_qkv=True),
+    _layer_weight("self_attn.o_proj", ("D", "KGH")),
+    _layer_weight("post_attention_layernorm", ("D",)),
+    _layer_weight("mlp.gate_up_proj", ("2F", "D")),
+    _layer_weight("mlp.down_proj", ("D", "F")),
 )
-FINAL_NORM = Weight("model.norm.weight", ("D",), ("model", "norm", "weight"), "D")
-LM_HEAD = Weight("lm_head.weight", ("V", "D"), ("lm_head", "weight"), "VD")
-SCORE = Weight("score.weight", ("n", "D"), ("score", "weight"), "nD")
-SCORE_BIAS = Weight("score.bias", ("n",), ("score", "bias"), "n")
+FINAL_NORM = Weight("model.norm.weight", ("D",), ("model", "norm", "weight"))
+LM_HEAD = Weight("lm_head.weight", ("V", "D"), ("lm_head", "weight"))
+SCORE = Weight("score.weight", ("n", "D"), ("score", "weight"))
+SCORE_BIAS = Weight("score.bias", ("n",), ("score", "bias"))
 HEAD_WEIGHTS: dict[Head, tuple[Weight, ...]] = {
     "lm_head": (LM_HEAD,),
     "score": (SCORE,),
@@ -177,45 +179,34 @@ class WeightTable:
             f"{'.'.join(path)}: unexpected" for path in leaves.keys() - self.weights.keys()
         )
 
-    def from_hf(self, path: LeafPath, tensor: np.ndarray) -> np.ndarray:
-        """An HF tensor in the layout of one layer of our leaf; a view where that is possible."""
-        weight = self.weights[path]
-        if weight.fused_qkv:
-            tensor = tensor[np.argsort(self._qkv_rows())]
-        letters = "".join(weight.hf_axes)
-        order = [letters.index(letter) for letter in weight.axes.removeprefix("L")]
-        return tensor.reshape([self.sizes[letter] for letter in letters]).transpose(order)
+    def from_hf(
+        self, path: LeafPath, tensor: np.ndarray, index: tuple[slice, ...] = ()
+    ) -> np.ndarray:
+        """An HF tensor in the layout of one layer of our leaf, or the part of that at `index`; a
+        view, but for qkv_proj.
+        """
+        shape = self.layer_shape(path)
+        if not self.weights[path].fused_qkv:
+            return tensor.reshape(shape)[index]
+        groups, heads, *rest = shape
+        of_groups, of_heads, *of_rest = index or [slice(None)] * len(shape)
+        rows = tensor.reshape(-1, *rest)
+        q_k_v = np.split(rows, [groups * (heads - 2), groups * (heads - 1)])
+        parts = [part.reshape(groups, -1, *rest)[of_groups, :, *of_rest] for part in q_k_v]
+        return np.concatenate(parts, axis=1)[:, of_heads]
 
     def to_hf(self, path: LeafPath, array: np.ndarray) -> np.ndarray:
         """One layer of our leaf as an HF tensor, contiguous."""
-        weight = self.weights[path]
-        axes = weight.axes.removeprefix("L")
-        order = [axes.index(letter) for letter in "".join(weight.hf_axes)]
-        tensor = _contiguous(array.transpose(order)).reshape(self.hf_shape(path))
-        return tensor[self._qkv_rows()] if weight.fused_qkv else tensor
+        if not self.weights[path].fused_qkv:
+            return np.ascontiguousarray(array).reshape(self.hf_shape(path))
+        inputs = self.hf_shape(path)[1:]
+        return np.concatenate([block.reshape(-1, *inputs) for block in self.blocks(path, array)])
 
-    def _qkv_rows(self) -> np.ndarray:
-        """Of each row of HF's qkv_proj, its place where the rows stand by group."""
-        heads = self.sizes["G"]
-        rows_KCH = np.arange(self.sizes["K"] * self.sizes["C"] * self.sizes["H"]).reshape(
-            self.sizes["K"], self.sizes["C"], self.sizes["H"]
-        )
-        parts = (rows_KCH[:, :heads], rows_KCH[:, heads], rows_KCH[:, heads + 1])
-        return np.concatenate([part.reshape(-1) for part in parts])
-
-
-def _contiguous(view: np.ndarray) -> np.ndarray:
-    """A C-ordered array, copied in blocks: a large transpose in one go misses the cache."""
-    inner = int(np.argmin(view.strides))
-    if view.flags.c_contiguous or inner == view.ndim - 1:
-        return np.ascontiguousarray(view)
-    out = np.empty(view.shape, view.dtype)
-    for row in range(0, view.shape[inner], 512):
-        for column in range(0, view.shape[-1], 32):
-            block: list[slice] = [slice(None)] * view.ndim
-            block[inner], block[-1] = slice(row, row + 512), slice(column, column + 32)
-            out[tuple(block)] = view[tuple(block)]
-    return out
+    def blocks(self, path: LeafPath, array: np.ndarray) -> list[np.ndarray]:
+        """Views of one layer of our leaf that, one after the other, are the HF tensor."""
+        if not self.weights[path].fused_qkv:
+            return [array]
+        return [*array[:, :-2], *array[:, -2], *array[:, -1]]
 
 
 class HFWeights:
@@ -263,10 +254,16 @@ class HFWeights:
         problems += [f"{name}: unexpected" for name in sorted(found)]
         raise_problems(f"the weights in {str(folder)!r}", problems)
 
-    def read(self, path: LeafPath, layer: int | None, index: Any = ()) -> np.ndarray:
-        """One layer of a leaf, or the part of it at `index`, contiguous."""
+    def read(self, path: LeafPath, layer: int | None, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """One layer of a leaf, or the part of it at `index`, contiguous; a map of the file where
+        that is possible.
+        """
         tensor = self._files.read(self.table.hf_name(path, layer))
-        return _contiguous(self.table.from_hf(path, tensor)[index])
+        return np.ascontiguousarray(self.table.from_hf(path, tensor, index))
+
+    def read_into(self, path: LeafPath, layer: int | None, out: np.ndarray) -> None:
+        """Reads one layer of a leaf into a contiguous array of its shape and dtype."""
+        self._files.read_into(self.table.hf_name(path, layer), self.table.blocks(path, out))
 
     def _check_tied_head(self) -> list[str]:
         """A head beside the embedding that it is tied to may be there, if it is the same."""

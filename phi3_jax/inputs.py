@@ -44,8 +44,10 @@ class CallInputs:
         number_BT = self.document_BT + 1
         return number_BT if self.mask_BT is None else jnp.where(self.mask_BT, number_BT, 0)
 
-    def masks(self, config: Phi3Config) -> tuple[Mask, ...]:
-        """The masks of the pieces of keys, slots before new tokens, as `attend` takes them."""
+    def masks(self, config: Phi3Config, written_first: bool = False) -> tuple[Mask, ...]:
+        """The masks of the pieces of keys, slots before new tokens, as `attend` takes them; one for
+        all where the new tokens are in their slots already.
+        """
         if self.given_mask is not None:
             return self._given_masks(config)
         column_BT, segment_BT, window = self.column_T[None], self.segment_BT, config.sliding_window
@@ -54,6 +56,14 @@ class CallInputs:
             return (new,)
         slot_column_BS = jnp.atleast_2d(self.slot_column_S)
         is_slot_BT = jnp.ones_like(column_BT, bool)
+        if written_first:
+            new_BT = (
+                jnp.ones(self.position_BT.shape, bool) if self.mask_BT is None else self.mask_BT
+            )
+            slots_BS = lax.dynamic_update_slice_in_dim(
+                self.slots_BS, new_BT, self.column_T[0], axis=1
+            )
+            return (SeenColumns(column_BT, slot_column_BS, is_slot_BT, slots_BS, window),)
         return SeenColumns(column_BT, slot_column_BS, is_slot_BT, self.slots_BS, window), new
 
     def _given_masks(self, config: Phi3Config) -> tuple[jax.Array, ...]:

@@ -1,10 +1,12 @@
 """The parts of the decoder, from a norm to a layer. Letters as in model.py.
 
-Modules and parameters have the names of the Hugging Face checkpoint. The fused kernels keep their
-parts on an axis of their own (qkv [D, K, G+2, H], gate_up [D, 2, F]), so that a tensor-parallel
-shard holds whole key-value groups and cutting the parts apart moves nothing between devices.
+Modules and parameters have the names of the Hugging Face checkpoint, and matrices its order of
+dimensions: outputs first, inputs last. The fused ones keep their parts on an axis of their own (qkv
+[K, G+2, H, D], gate_up [2, F, D]), so that a tensor-parallel shard holds whole key-value groups and
+cutting the parts apart moves nothing between devices.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,8 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.gather import gathered
 from phi3_jax.rope import apply_rope
 from phi3_jax.sharding import Names, constrain, padded_shape
+from phi3_jax.slots import LayerSlots, apart
+from phi3_jax.split_layers import BITS
 
 ACTIVATION_FUNCTIONS = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -132,6 +136,31 @@ class Part(nn.Module):
         return constrain(x_BTD, "batch", "tokens", None, mesh=self.mesh)
 
 
+def product(equation: str, x: jax.Array, weight: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """einsum of activations [B, T, *in] and a weight [*out, *in], both of one dtype.
+
+    XLA's CPU compiler copies a weight of more than two dimensions into another order, and widens a
+    16-bit one at each call, unless the result is float32 and there are two rows at least (jax
+    0.10.2): on one CPU it gets what it takes as it is.
+    """
+    plain = partial(jnp.einsum, equation)
+    if mesh is not None:
+        return plain(x, weight)
+
+    def as_matrices(x, weight):
+        rows = x.reshape(-1, math.prod(x.shape[2:]))
+        alone = len(rows) == 1 and x.dtype.itemsize == 2
+        rows = jnp.pad(rows, ((0, alone), (0, 0)))
+        matrix = weight.reshape(-1, rows.shape[1])
+        last = (((1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(rows, matrix, last, preferred_element_type=jnp.float32)
+        outputs = weight.shape[: weight.ndim - x.ndim + 2]
+        y = y[: len(y) - alone].reshape(*x.shape[:2], *outputs)
+        return y.astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, weight, cpu=as_matrices, default=plain)
+
+
 class RMSNorm(Part):
     """Root-mean-square norm over the last axis, in the cast order of the reference (Phi3RMSNorm).
 
@@ -153,9 +182,9 @@ class RMSNorm(Part):
 
 
 class Projection(Part, kw_only=True):
-    """A linear map without bias, written as an einsum of its input and its weight W.
+    """A linear map without bias, written as an einsum of its input and its weight W [*out, *in].
 
-    Where its parameters hold `lora_a` A and `lora_b` B besides, the result is x W + dropout(x) A B.
+    Where its parameters hold `lora_a` A and `lora_b` B besides, the result is W x + B A dropout(x).
     `init` makes neither; the scale of LoRA is in B (`train.lora.attach`).
     """
 
@@ -171,17 +200,17 @@ class Projection(Part, kw_only=True):
         if not self.has_variable("params", "lora_a"):
             return y
         x_axes, axes, y_axes = self.equation.replace("->", ",").split(",")
-        inputs = sum(axis not in y_axes for axis in axes)  # they stand first
-        a = self._adapter("lora_a", (*self.names[:inputs], None), (*self.shape[:inputs], None))
-        b = self._adapter("lora_b", (None, *self.names[inputs:]), (None, *self.shape[inputs:]))
+        cut = sum(axis in y_axes for axis in axes)  # outputs stand first
+        a = self._adapter("lora_a", (None, *self.names[cut:]), (None, *self.shape[cut:]))
+        b = self._adapter("lora_b", (*self.names[:cut], None), (*self.shape[:cut], None))
         if self.lora_dropout and not deterministic:
             x = self._drop(x)
-        low = jnp.einsum(f"{x_axes},{axes[:inputs]}r->BTr", x, a)
-        return y + jnp.einsum(f"BTr,r{axes[inputs:]}->{y_axes}", low, b)
+        low = jnp.einsum(f"{x_axes},r{axes[cut:]}->BTr", x, a)
+        return y + jnp.einsum(f"BTr,{axes[:cut]}r->{y_axes}", low, b)
 
     def _product(self, x: jax.Array, weight: Any) -> jax.Array:
-        """x W."""
-        multiply = partial(jnp.einsum, self.equation)
+        """W x."""
+        multiply = partial(product, self.equation, mesh=self.mesh)
         if not isinstance(weight, jax.Array):
             return multiply(x, weight.astype(self.dtype))  # a quantised one
         tokens = x.shape[0] * x.shape[1]
@@ -243,7 +272,14 @@ class Embedding(VocabTable):
         # rows and width in turn. Cast after the lookup, so that the gradients of a frequent word
         # are summed in the parameter's dtype.
         table_VD = constrain(self.weight, "vocab", None, mesh=self.mesh)
-        x_BTD = jnp.take(table_VD, rows_BT, axis=0).astype(self.dtype)
+        if self.has_variable("params", BITS):
+            bits_VD: Any = self.get_variable("params", BITS)
+            # All bits set, which stand for a row that is not there, are NaN.
+            bits_BTD = jnp.take(bits_VD, rows_BT, axis=0)
+            x_BTD = jax.lax.bitcast_convert_type(bits_BTD, table_VD.dtype)
+        else:
+            x_BTD = jnp.take(table_VD, rows_BT, axis=0)
+        x_BTD = x_BTD.astype(self.dtype)
         if self.config.pad_token_id is None:
             return x_BTD
         is_pad = (input_ids_BT == self.config.pad_token_id)[..., None]
@@ -255,24 +291,25 @@ class Attention(Part):
 
     @nn.compact
     def __call__(self, x_BTD, cached, inputs: LayerInputs):
-        """Returns the mixed values [B, T, D], this call's keys and values [B, T, K, H], and the
-        probabilities [B, K, G, T, S] where the implementation has them.
+        """Returns the mixed values [B, T, D], this call's keys and values [B, T, K, H], or all of
+        the slots that they were written to, and the probabilities [B, K, G, T, S] where the
+        implementation has them.
         """
         config = self.config
         D, K, H = config.hidden_size, config.num_key_value_heads, config.head_dim
         G = config.num_attention_heads // K
         qkv_proj = Projection(
             **self.alike,
-            equation="BTD,DKCH->BTKCH",
-            shape=(D, K, G + 2, H),
-            names=("embed", "kv_heads", None, None),
+            equation="BTD,KCHD->BTKCH",
+            shape=(K, G + 2, H, D),
+            names=("kv_heads", None, None, "embed"),
             name="qkv_proj",
         )
         o_proj = Projection(
             **self.alike,
-            equation="BTKGH,KGHD->BTD",
-            shape=(K, G, H, D),
-            names=("kv_heads", None, None, "embed"),
+            equation="BTKGH,DKGH->BTD",
+            shape=(D, K, G, H),
+            names=("embed", "kv_heads", None, None),
             name="o_proj",
         )
 
@@ -283,15 +320,18 @@ class Attention(Part):
         q_BTKGH, k_BTKH = qk_BTKCH[:, :, :, :G], qk_BTKCH[:, :, :, G]
         v_BTKH = qkv_BTKCH[:, :, :, G + 1]
 
-        keys, values = ([k_BTKH], [v_BTKH])
-        if cached is not None:
+        new_kv, keys, values = (k_BTKH, v_BTKH), [k_BTKH], [v_BTKH]
+        if isinstance(cached, LayerSlots):
+            new_kv = cached.write(*new_kv)
+            keys, values = ([apart(slots, len(x_BTD)), None] for slots in new_kv)
+        elif cached is not None:
             keys, values = [cached[0], *keys], [cached[1], *values]
         dropout = None
         if config.attention_dropout and not inputs.deterministic:
             dropout = (config.attention_dropout, self.make_rng("dropout"))
         mixed_BTKGH, probs = attend(q_BTKGH, keys, values, inputs.visible, self.mesh, dropout)
         mixed_BTKGH = self._whole_rows(mixed_BTKGH, back=True)
-        return o_proj(mixed_BTKGH, inputs.deterministic), (k_BTKH, v_BTKH), probs
+        return o_proj(mixed_BTKGH, inputs.deterministic), new_kv, probs
 
     def _whole_rows(self, x_BTKCH: jax.Array, back: bool = False) -> jax.Array:
         """From a share of the tokens to whole rows with a share of the heads, or back: one
@@ -315,16 +355,16 @@ class MLP(Part):
         D, F = self.config.hidden_size, self.config.intermediate_size
         gate_up_proj = Projection(
             **self.alike,
-            equation="BTD,DCF->BTCF",
-            shape=(D, 2, F),
-            names=("embed", None, "mlp"),
+            equation="BTD,CFD->BTCF",
+            shape=(2, F, D),
+            names=(None, "mlp", "embed"),
             name="gate_up_proj",
         )
         down_proj = Projection(
             **self.alike,
-            equation="BTF,FD->BTD",
-            shape=(F, D),
-            names=("mlp", "embed"),
+            equation="BTF,DF->BTD",
+            shape=(D, F),
+            names=("embed", "mlp"),
             name="down_proj",
         )
         gate_up_BTCF = gate_up_proj(x_BTD, deterministic)

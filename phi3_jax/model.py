@@ -30,6 +30,7 @@ from phi3_jax.layers import (
     Part,
     RMSNorm,
     VocabTable,
+    product,
 )
 from phi3_jax.loss import causal_lm_loss
 from phi3_jax.outputs import BaseModelOutput, CausalLMOutput, attentions_of
@@ -153,8 +154,15 @@ class Phi3Model(Model):
         """The output, and what the arguments were read as; for the heads."""
         config = self.config
         B, T = _checked_tokens(config, input_ids, inputs_embeds)
+        split = self._is_split
+        if split and not deterministic:
+            raise ValueError(
+                "parameters with each layer by itself are for inference: they know no dropout "
+                "(deterministic=False); train with the stacked ones"
+            )
         if cache is not None:
             cache.check(config, B, T, self.mesh)
+            cache = cache.split(split)
         inputs = read_inputs(
             config, B, T, attention_mask, position_ids, segment_ids, cache, token_mask
         )
@@ -166,9 +174,15 @@ class Phi3Model(Model):
             rows_are_long(config, inputs.position_BT, inputs.mask_BT, inputs.document_BT),
         )
         implementation = self._implementation(inputs, T, output_attentions, deterministic)
+        cached, written_first = None, False
+        if cache is not None and inputs.slots_BS is not None:
+            plain = inputs.given_mask is None and not output_attentions
+            cached = cache.slots_of_layers(inputs.mask_BT) if plain else None
+            written_first = cached is not None
+            cached = cache.layers() if cached is None else cached
         visible = Visible(
             segment_BT=inputs.segment_BT,
-            masks=inputs.masks(config) if implementation == "xla" else (),
+            masks=inputs.masks(config, written_first) if implementation == "xla" else (),
             window=config.sliding_window,
             implementation=implementation,
         )
@@ -189,16 +203,41 @@ class Phi3Model(Model):
             _ = self.embed_tokens.weight  # `init` makes it all the same
             x_BTD = jnp.asarray(inputs_embeds).astype(self.dtype)
         x_BTD = embedded_BTD = self.laid_out(x_BTD)
-        cached = None if inputs.slots_BS is None else (cache.k_LBKSH, cache.v_LBKSH)
-        x_BTD, (new_kv, hidden_LBTD, probs) = self.layers(x_BTD, cached, layer_inputs)
+        run = self._each_layer if split else self.layers
+        x_BTD, (new_kv, hidden_LBTD, probs) = run(x_BTD, cached, layer_inputs)
         x_BTD = self.norm(x_BTD)
         attentions = attentions_of(probs, config, cache) if output_attentions else None
         hidden_states = None
         if output_hidden_states:
             hidden_states = (embedded_BTD, *hidden_LBTD[:-1], x_BTD)
-        if cache is not None:
+        if cache is not None and written_first:
+            cache = cache.written(*new_kv, T, inputs.mask_BT)
+        elif cache is not None:
             cache = cache.write(*new_kv, inputs.mask_BT)
         return BaseModelOutput(x_BTD, cache, hidden_states, attentions), inputs
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether the parameters have each layer by itself (`phi3_jax.split_layers`)."""
+        return "0" in (self.get_variable("params", "layers") or {})
+
+    def _each_layer(self, x_BTD, cached, inputs: LayerInputs):
+        """As `layers`, of parameters that have each layer by itself: no loop, and keys and values
+        are tuples.
+        """
+        layer, params = DecoderLayer(**self.alike, parent=None), self.variables["params"]["layers"]
+        kept = []
+        for index in range(self.config.num_hidden_layers):
+            of_layer = None if cached is None else cached[index]
+            own = {"params": params[str(index)]}
+            x_BTD, of_layer = layer.apply(own, x_BTD, of_layer, inputs)
+            kept.append(of_layer)
+        new_kv, *others = zip(*kept, strict=True)
+        if inputs.keep_kv:
+            new_kv = tuple(zip(*new_kv, strict=True))
+        # Those not asked for are None.
+        hidden, probs = (jax.tree.map(lambda *xs: jnp.stack(xs), *other) for other in others)
+        return x_BTD, (new_kv, hidden, probs)
 
     def _implementation(self, inputs: CallInputs, tokens, output_attentions, deterministic) -> str:
         obstacle = None
@@ -322,7 +361,9 @@ class Phi3ForCausalLM(Model):
                 mesh=self.mesh,
             )
         kept = _kept_tokens(hidden_BTD, logits_to_keep)
-        logits = jnp.einsum("...D,VD->...V", kept, table.weight.astype(kept.dtype))
+        rows = kept if kept.ndim == 3 else kept[None]
+        logits = product("BTD,VD->BTV", rows, table.weight.astype(kept.dtype), self.mesh)
+        logits = logits.reshape(*kept.shape[:-1], -1)
         out = CausalLMOutput(
             loss, logits[..., : config.vocab_size], out.cache, out.hidden_states, out.attentions
         )

@@ -8,6 +8,7 @@ out.
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from phi3_jax.hf_format import LeafPath, WeightTable, head_of, raise_problems
 from phi3_jax.safetensors_files import Leaf
 
 # Kept in the checkpoint; a reader of another version refuses it.
-_FORMAT: dict[str, Any] = {"format": "phi3-jax", "format_version": 1}
+_FORMAT: dict[str, Any] = {"format": "phi3-jax", "format_version": 2}
+
+# Of layers that are being written while the next ones come.
+_MAX_PENDING_BYTES = 1 << 28
 
 
 def _store(params_folder: Path, inside: str) -> dict[str, Any]:
@@ -36,7 +40,12 @@ def _store(params_folder: Path, inside: str) -> dict[str, Any]:
 def _array(params_folder: Path, name: str) -> dict[str, Any]:
     """The TensorStore spec of a leaf, as Orbax has it; data that is not there is an error."""
     store = _store(params_folder, f"{name}/")
-    return {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
+    return {
+        "driver": "zarr3",
+        "kvstore": store,
+        "fill_missing_data_reads": False,
+        "context": {"file_io_mode": {"mode": "memmap"}},  # read without a copy in between
+    }
 
 
 def create_arrays(folder: Path, table: WeightTable, leaves: Mapping[LeafPath, Leaf]) -> None:
@@ -67,7 +76,8 @@ class OrbaxWriter:
     """Writes into the arrays that `create_arrays` made in a folder, a layer or a part at a time.
 
     Several processes may write at once, also into one chunk: each change of the storage is one
-    atomic replacement of its manifest.
+    atomic replacement of its manifest. What is not written yet is kept in memory, up to a limit;
+    leaving the context waits for it.
     """
 
     def __init__(self, folder: Path, table: WeightTable):
@@ -84,14 +94,34 @@ class OrbaxWriter:
             ).result()
             for path in table.weights
         }
+        self._pending: deque[tuple[int, tensorstore.WriteFutures]] = deque()
 
     def write(
         self, path: LeafPath, layer: int | None, array: np.ndarray, index: tuple[slice, ...] = ()
     ) -> None:
-        """Writes one layer of a leaf (a whole leaf that is not stacked), or the part at `index`."""
+        """Writes one layer of a leaf (a whole leaf that is not stacked), or the part at `index`.
+
+        The array must stay as it is until the context ends.
+        """
         place = index if layer is None else (layer, *index)
         target = self._arrays[path]
-        (target[place] if place else target).write(array).result()
+        # Several layers in one commit: each ends in a new manifest.
+        running = (target[place] if place else target).write(
+            array, can_reference_source_data_indefinitely=True
+        )
+        self._pending.append((array.nbytes, running))
+        while sum(nbytes for nbytes, _ in self._pending) > _MAX_PENDING_BYTES:
+            self._pending.popleft()[1].result()
+
+    def __enter__(self) -> "OrbaxWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # Also after an error: what runs on would write into a folder that is being removed.
+        errors = [running.commit.exception() for _, running in self._pending]
+        if kind is None:
+            for failed in filter(None, errors):
+                raise failed
 
 
 def _chunk_shape(axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -167,12 +197,27 @@ class OrbaxWeights:
         differences = [] if problems else self.table.differences(self.leaves)
         raise_problems(f"the weights in {str(folder)!r}", problems + differences)
 
-    def read(self, path: LeafPath, layer: int | None, index: Any = ()) -> np.ndarray:
+    def read(self, path: LeafPath, layer: int | None, index: tuple[slice, ...] = ()) -> np.ndarray:
         """One layer of a leaf, or the part of it at `index`."""
-        array = self._arrays[path]
-        part = array[index] if layer is None else array[(layer, *index)]
+        part = self._part(path, layer, index)
+        out = np.empty(part.shape, self.leaves[path].dtype)
+        self._copy(path, part, out)
+        return out
+
+    def read_into(self, path: LeafPath, layer: int | None, out: np.ndarray) -> None:
+        """Reads one layer of a leaf into a contiguous array of its shape and dtype."""
+        self._copy(path, self._part(path, layer), out)
+
+    def _part(
+        self, path: LeafPath, layer: int | None, index: tuple[slice, ...] = ()
+    ) -> tensorstore.TensorStore:
+        place = index if layer is None else (layer, *index)
+        return self._arrays[path][place] if place else self._arrays[path]
+
+    def _copy(self, path: LeafPath, part: tensorstore.TensorStore, out: np.ndarray) -> None:
+        # An array of the storage's own would be one more copy.
         try:
-            return part.read().result()
+            tensorstore.array(out).write(part).result()
         except ValueError as error:
             place = f"{'.'.join(path)} in {str(self._folder)!r}"
             raise ValueError(f"{place} cannot be read: {_brief(error)}") from error

@@ -13,8 +13,8 @@ import phi3_jax as phi3
 from phi3_jax import attention
 from phi3_jax import model as model_module
 from phi3_jax.attention import SeenColumns, Visible, document_runs
-from phi3_jax.cache import Quantized, quantize
 from phi3_jax.sharding import make_mesh
+from phi3_jax.slots import Quantized, quantize
 
 # Real tokens are compared; what padding computes differs from one implementation to the other.
 PADDED = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 10 + [0] * 3])

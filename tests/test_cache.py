@@ -12,8 +12,8 @@ import pytest
 from reference import config_values, hf_weights, left_padded, on_mesh, params_of, prompts, tokens
 
 import phi3_jax as phi3
-from phi3_jax.cache import quantize
 from phi3_jax.rope import rope_tables
+from phi3_jax.slots import quantize
 
 CAPACITY = 32
 

@@ -12,7 +12,7 @@ from model_folders import assert_same, params_in, write_hf_folder
 
 import phi3_jax as phi3
 from convert.to_orbax import to_orbax
-from phi3_jax import checkpoint
+from phi3_jax import checkpoint, load_leaves, orbax_format
 from phi3_jax.checkpoint import from_pretrained, save_checkpoint, save_pretrained
 from phi3_jax.sharding import abstract_params, make_mesh
 
@@ -46,6 +46,40 @@ def test_parameters_are_those_of_the_file(folders, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("one_device_mesh", [False, True])
+def test_one_cpu_device_takes_what_was_read_where_it_is(
+    folders, kind, one_device_mesh, monkeypatch
+):
+    """And no part is anywhere else before, in the dtype of the file."""
+    buffers, aligned = [], load_leaves._aligned
+    monkeypatch.setattr(
+        load_leaves, "_aligned", lambda *kind: buffers.append(aligned(*kind)) or buffers[-1]
+    )
+    weights_class = checkpoint.HFWeights if kind == "hf" else orbax_format.OrbaxWeights
+    monkeypatch.setattr(weights_class, "read", None)
+    mesh = make_mesh(devices=jax.devices()[:1]) if one_device_mesh else None
+    model, params = from_pretrained(folders[0] / kind, dtype=None, mesh=mesh)
+    places = [
+        leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)
+    ]
+    assert sorted(places) == sorted(buffer.ctypes.data for buffer in buffers)
+    assert_same(params, expected_params(folders))
+    laid_out = lambda leaf: (leaf.shape, leaf.sharding)  # noqa: E731
+    assert jax.tree.map(laid_out, params) == jax.tree.map(laid_out, abstract_params(model))
+
+
+def test_donated_parameters_leave_their_views_alone(folders):
+    """JAX copies memory that it does not own before a program may write into it."""
+    _, params = from_pretrained(folders[0] / "hf")
+    leaf = params["lm_head"]["weight"]
+    view = np.asarray(leaf)
+    before = view.copy()
+    del leaf
+    jax.block_until_ready(jax.jit(lambda x: x * 0, donate_argnums=0)(params["lm_head"]["weight"]))
+    np.testing.assert_array_equal(view, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 4, 2)])
 def test_any_mesh_gets_the_same_parameters(folders, kind, sizes):
     mesh = make_mesh(*sizes)
@@ -59,7 +93,7 @@ def test_any_mesh_gets_the_same_parameters(folders, kind, sizes):
 def test_each_part_is_read_once(folders, kind, monkeypatch):
     """Copies of a shard on several devices are one read and one array on the host."""
     read = []
-    weights_class = checkpoint.HFWeights if kind == "hf" else checkpoint.OrbaxWeights
+    weights_class = checkpoint.HFWeights if kind == "hf" else orbax_format.OrbaxWeights
     plain = weights_class.read
 
     def spy(self, path, layer, index=()):

@@ -14,7 +14,7 @@ from model_folders import assert_same, params_in, write_hf_folder
 
 from convert.to_orbax import to_orbax
 from convert.verify import verify
-from phi3_jax import checkpoint
+from phi3_jax import checkpoint, orbax_format
 from phi3_jax.checkpoint import from_pretrained, save_checkpoint, save_pretrained
 from phi3_jax.sharding import abstract_params, make_mesh
 
@@ -92,10 +92,10 @@ def deep(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
-@pytest.mark.parametrize("sizes", [None, (1, 2, 4), (8, 1, 1)])
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (8, 1, 1)])
 def test_no_stacked_leaf_is_whole_on_the_host_while_restoring(deep, monkeypatch, kind, sizes):
     count = HostBytes()
-    weights_class = checkpoint.HFWeights if kind == "hf" else checkpoint.OrbaxWeights
+    weights_class = checkpoint.HFWeights if kind == "hf" else orbax_format.OrbaxWeights
     read, make = weights_class.read, jax.make_array_from_callback
     monkeypatch.setattr(weights_class, "read", lambda *arguments: count.add(read(*arguments)))
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_no_stacked_leaf_is_whole_on_the_host_while_restoring(deep, monkeypatch,
         ),
     )
     parent, largest = deep
-    from_pretrained(parent / kind, dtype=None, mesh=sizes and make_mesh(*sizes))
+    from_pretrained(parent / kind, dtype=None, mesh=make_mesh(*sizes))
     assert 0 < count.peak < largest / 2
 
 
@@ -147,7 +147,7 @@ def test_a_failure_leaves_what_was_there(source, tmp_path, monkeypatch, kind):
     SAVES[kind](target, model, params)
     with pytest.raises(FileExistsError, match="exists; replace it with force"):
         SAVES[kind](target, model, params)
-    writer = checkpoint.SafetensorsWriter if kind == "hf" else checkpoint.OrbaxWriter
+    writer = checkpoint.SafetensorsWriter if kind == "hf" else orbax_format.OrbaxWriter
     write, calls = writer.write, iter(range(100))
 
     def fails(self, *arguments):
@@ -177,7 +177,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, process, source, target = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(process))
 import phi3_jax as phi3
-from phi3_jax import checkpoint
+from phi3_jax import checkpoint, orbax_format
 from phi3_jax.checkpoint import save_checkpoint
 from phi3_jax.processes import by_all
 assert jax.device_count() == 8 and jax.local_device_count() == 4
@@ -201,13 +201,13 @@ for save in (save_checkpoint, phi3.save_pretrained):
         raise AssertionError("replaced without force")
     except (FileExistsError if process == "0" else RuntimeError) as error:
         assert process == "0" or "process 0 failed" in str(error)
-write = checkpoint.OrbaxWriter.write
+write = orbax_format.OrbaxWriter.write
 def fails(self, path, layer, *rest):
     if layer == 1:
         raise OSError("no space left")
     write(self, path, layer, *rest)
 if process == "1":
-    checkpoint.OrbaxWriter.write = fails
+    orbax_format.OrbaxWriter.write = fails
 try:
     save_checkpoint(target + "/failed", *load(source, 1, 1, 8))
     raise AssertionError("saved")

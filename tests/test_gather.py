@@ -9,18 +9,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from phi3_jax.gather import gathered
 from phi3_jax.sharding import make_mesh
 
-NAMES = ("embed", None, "mlp")
+NAMES = (None, "mlp", "embed")
 B, T, D, C, F = 8, 3, 16, 2, 6
 
 
 def arrays(dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
-    return x, jnp.asarray(rng.normal(size=(D, C, F)), jnp.float32)
+    return x, jnp.asarray(rng.normal(size=(C, F, D)), jnp.float32)
 
 
 def product(x, weight):
-    return jnp.sum(jnp.square(jnp.einsum("BTD,DCF->BTCF", x, weight)).astype(jnp.float32))
+    return jnp.sum(jnp.square(jnp.einsum("BTD,CFD->BTCF", x, weight)).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -40,13 +40,11 @@ def test_it_is_a_cast(dtype):
 def test_it_is_whole_and_its_gradient_cut(sizes):
     mesh = make_mesh(**sizes)
     x, weight = arrays(jnp.float32)
-    cut = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+    cut = NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp"))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     x, weight = jax.device_put(x, rows), jax.device_put(weight, cut)
     whole = jax.jit(lambda weight: gathered(weight, jnp.float32, NAMES, mesh))(weight)
-    assert whole.sharding.is_equivalent_to(
-        NamedSharding(mesh, PartitionSpec(None, None, "tensor")), 3
-    )
+    assert whole.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "tensor")), 3)
     use = lambda weight: product(x, gathered(weight, jnp.float32, NAMES, mesh))  # noqa: E731
     gradient = jax.jit(jax.grad(use))(weight)
     assert gradient.sharding.is_equivalent_to(cut, 3)

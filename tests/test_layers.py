@@ -134,16 +134,16 @@ def test_dropout_is_the_same_on_every_mesh(sizes):
 
 
 def test_a_projection_with_an_adapter():
-    """x W + dropout(x) A B in the model's dtype; the mean over draws is that without dropout."""
+    """W x + B A dropout(x) in the model's dtype; the mean over draws is that without dropout."""
     config = phi3.Phi3Config(**config_values("gqa"))
     rng = np.random.default_rng(0)
-    shapes = {"weight": (4, 6, 5), "lora_a": (4, 6, 2), "lora_b": (2, 5)}
+    shapes = {"weight": (5, 4, 6), "lora_a": (2, 4, 6), "lora_b": (5, 2)}
     params = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
     x = rng.normal(size=(2, 3, 4, 6)).astype("f4")
-    settings = dict(equation="BTEF,EFD->BTD", shape=(4, 6, 5), names=(None, None, "embed"))
+    settings = dict(equation="BTEF,DEF->BTD", shape=(5, 4, 6), names=("embed", None, None))
     make = functools.partial(Projection, config, lora_dropout=RATE, **settings)
-    own = np.tensordot(x, params["weight"], 2)
-    adapted = np.tensordot(x, params["lora_a"], 2) @ params["lora_b"]
+    own = np.einsum("BTEF,DEF->BTD", x, params["weight"])
+    adapted = np.einsum("BTEF,rEF->BTr", x, params["lora_a"]) @ params["lora_b"].T
     close = functools.partial(np.testing.assert_allclose, rtol=0)
     got = make().apply({"params": params}, x, True)
     close(got, own + adapted, atol=1e-4)

@@ -33,7 +33,7 @@ def test_plain_orbax_restores_the_checkpoint(folders):
     params_folder = folders / "orbax" / "params"
     assert_same(orbax.load(params_folder), params_in(folders / "hf"))
     metadata = orbax.metadata(params_folder)
-    assert metadata.custom_metadata == {"format": "phi3-jax", "format_version": 1}
+    assert metadata.custom_metadata == {"format": "phi3-jax", "format_version": 2}
     # The older interface too, which looks for the tree one folder down.
     restored = orbax_v0.StandardCheckpointer().restore(params_folder / "state")
     assert_same(restored, params_in(folders / "hf"))
@@ -51,8 +51,8 @@ def test_plain_orbax_restores_onto_a_mesh(folders):
 
 
 def test_another_version_of_the_format_is_refused(folders, monkeypatch):
-    monkeypatch.setattr(orbax_format, "_FORMAT", {"format": "phi3-jax", "format_version": 2})
-    with pytest.raises(ValueError, match="'format_version': 1.*reads.*'format_version': 2"):
+    monkeypatch.setattr(orbax_format, "_FORMAT", {"format": "phi3-jax", "format_version": 3})
+    with pytest.raises(ValueError, match="'format_version': 2.*reads.*'format_version': 3"):
         from_pretrained(folders / "orbax")
 
 
@@ -64,9 +64,9 @@ def test_all_differences_to_the_config_come_in_one_message(folders, tmp_path):
     with pytest.raises(ValueError) as raised:
         from_pretrained(tmp_path / "m")
     assert str(raised.value).splitlines()[1:] == [
-        "  model.layers.mlp.gate_up_proj.weight: shape (3, 48, 2, 80), "
-        "the config makes it (3, 48, 2, 72)",
-        "  model.layers.mlp.down_proj.weight: shape (3, 80, 48), the config makes it (3, 72, 48)",
+        "  model.layers.mlp.gate_up_proj.weight: shape (3, 2, 80, 48), "
+        "the config makes it (3, 2, 72, 48)",
+        "  model.layers.mlp.down_proj.weight: shape (3, 48, 80), the config makes it (3, 48, 72)",
         "  lm_head.weight: unexpected",
     ]
 

@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters beside the frozen matrices (arXiv:2106.09685), as PEFT parametrises them.
 
-An adapter is two leaves in the tree of its projection: A [L, *in, r] and B [L, r, *out], where the
-weight is [L, *in, *out]. All adapters are one tree, nested as the model's parameters; it alone is
+An adapter is two leaves in the tree of its projection: A [L, r, *in] and B [L, *out, r], where the
+weight is [L, *out, *in]. All adapters are one tree, nested as the model's parameters; it alone is
 trained and saved. On a mesh they are laid out and padded with zeros as their weights are.
 """
 
@@ -19,8 +19,8 @@ from phi3_jax.hf_format import LAYER_WEIGHTS, LeafPath
 from phi3_jax.sharding import abstract_params
 from train.config import TARGETS, LoraConfig
 
-# How many of a weight's dimensions, after the layers', are inputs.
-INPUTS = {row.path[-2]: len(row.hf_axes[1]) for row in LAYER_WEIGHTS if row.path[-2] in TARGETS}
+# How many of a weight's dimensions, after the layers', are outputs; they stand first.
+OUTPUTS = {row.path[-2]: len(row.hf_axes[0]) for row in LAYER_WEIGHTS if row.path[-2] in TARGETS}
 
 
 def check_lora(lora: LoraConfig) -> None:
@@ -46,8 +46,8 @@ def check_lora(lora: LoraConfig) -> None:
 def abstract_adapters(model: nn.Module, lora: LoraConfig) -> dict[str, Any]:
     """Shapes and shardings of a model's adapters, float32, without making them.
 
-    Returns a nested dict of jax.ShapeDtypeStruct: of each target `lora_a` [L, *in, r] and `lora_b`
-    [L, r, *out], with the padding of the model's mesh.
+    Returns a nested dict of jax.ShapeDtypeStruct: of each target `lora_a` [L, r, *in] and `lora_b`
+    [L, *out, r], with the padding of the model's mesh.
 
     Raises:
       ValueError: for settings that `check_lora` refuses, and as `abstract_params`.
@@ -58,15 +58,15 @@ def abstract_adapters(model: nn.Module, lora: LoraConfig) -> dict[str, Any]:
         *above, target, _ = path
         if target not in lora.targets:
             continue
-        shape, place, cut = leaf.shape, leaf.sharding, 1 + INPUTS[target]
+        shape, place, cut = leaf.shape, leaf.sharding, 1 + OUTPUTS[target]
         shapes = {
-            "lora_a": (*shape[:cut], lora.rank),
-            "lora_b": (shape[0], lora.rank, *shape[cut:]),
+            "lora_a": (shape[0], lora.rank, *shape[cut:]),
+            "lora_b": (*shape[:cut], lora.rank),
         }
         for name, whole in shapes.items():
             if isinstance(place, NamedSharding):
                 axes = place.spec
-                spec = (*axes[:cut], None) if name == "lora_a" else (None, None, *axes[cut:])
+                spec = (None, None, *axes[cut:]) if name == "lora_a" else (*axes[:cut], None)
                 where: Any = NamedSharding(place.mesh, PartitionSpec(*spec))
             else:
                 where = place
@@ -94,7 +94,7 @@ def init_adapters(model: nn.Module, lora: LoraConfig, seed: int = 0) -> dict[str
             shape = plain[path].shape
             new = jnp.zeros(shape, leaf.dtype)
             if path[-1] == "lora_a":
-                bound = 1 / math.sqrt(math.prod(shape[1:-1]))
+                bound = 1 / math.sqrt(math.prod(shape[2:]))
                 own = jax.random.fold_in(key, TARGETS.index(path[-2]))
                 new = jax.random.uniform(own, shape, leaf.dtype, -bound, bound)
             ends = [(0, b - a) for a, b in zip(shape, leaf.shape, strict=True)]
@@ -127,7 +127,7 @@ def attach(
 def merge(
     params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig
 ) -> dict[str, Any]:
-    """Parameters with the adapters added into their weights: W + scale A B.
+    """Parameters with the adapters added into their weights: W + scale B A.
 
     Computed in float32, a layer at a time, and cast to the weight's dtype. The weights given stay
     as they are; a layer's sum is the only float32 copy.
@@ -141,7 +141,7 @@ def merge(
 def unmerge(
     params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig
 ) -> dict[str, Any]:
-    """The inverse of `merge`, but for the rounding of both to the weight's dtype: W - scale A B.
+    """The inverse of `merge`, but for the rounding of both to the weight's dtype: W - scale B A.
 
     Raises:
       ValueError: as `merge`.
@@ -168,7 +168,7 @@ def _add(weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax
     def layer(parts):
         weight, a, b = parts
         # On a GPU or TPU the default is fewer bits than float32 has.
-        update = jnp.tensordot(a, b, axes=1, precision="highest") * scale
+        update = jnp.tensordot(b, a, axes=1, precision="highest") * scale
         return (weight.astype(jnp.float32) + update).astype(weight.dtype)
 
     return jax.lax.map(layer, (weight, a, b))

@@ -22,10 +22,10 @@ from train.config import OptimizerConfig
 # In and out axes of the matrices of each projection, as a layer has them behind its first axis;
 # the axes in neither count several matrices (gate and up).
 _AXES = {
-    "qkv_proj": ((1,), (2, 3, 4)),
-    "o_proj": ((1, 2, 3), (4,)),
-    "gate_up_proj": ((1,), (3,)),
-    "down_proj": ((1,), (2,)),
+    "qkv_proj": ((4,), (1, 2, 3)),
+    "o_proj": ((2, 3, 4), (1,)),
+    "gate_up_proj": ((3,), (2,)),
+    "down_proj": ((2,), (1,)),
 }
 
 
@@ -133,10 +133,10 @@ def matrix_axes(params: Any) -> Any:
             return None
         rows, columns = _AXES[module]
         if name == "lora_a":
-            columns = (leaf.ndim - 1,)
+            # The rank stands in the place of the out axes.
+            rows, columns = tuple(range(2, leaf.ndim)), (1,)
         elif name == "lora_b":
-            # Behind the layer and the rank stand the out axes, as many axes earlier as in axes.
-            rows, columns = (1,), tuple(axis + 1 - len(rows) for axis in columns)
+            rows = (leaf.ndim - 1,)
         return optax.contrib.MuonDimensionNumbers(rows, columns)
 
     return jax.tree_util.tree_map_with_path(of, params)

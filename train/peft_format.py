@@ -62,13 +62,12 @@ def _halves(row: Weight) -> tuple[Weight, Weight]:
     """The rows of A and B of a weight."""
     outputs, inputs = row.hf_axes
     name = "base_model.model." + row.hf_name.removesuffix("weight")
-    a = Weight(f"{name}lora_A.weight", ("r", inputs), (*row.path[:-1], "lora_a"), f"L{inputs}r")
+    a = Weight(f"{name}lora_A.weight", ("r", inputs), (*row.path[:-1], "lora_a"))
     b = replace(
         row,
         hf_name=f"{name}lora_B.weight",
         hf_axes=(outputs, "r"),
         path=(*row.path[:-1], "lora_b"),
-        axes=f"Lr{row.axes[1 + len(inputs) :]}",
     )
     return a, b
 

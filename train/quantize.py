@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax.sharding import abstract_params
 from train.config import TARGETS
-from train.lora import INPUTS
+from train.lora import OUTPUTS
 
 TILE = 64  # the most inputs that share a scale in nf4
 
@@ -78,12 +78,11 @@ def quantize_params(
         if path[-2] not in TARGETS:
             leaves[path] = jax.device_put(leaves[path], target.sharding)
             continue
-        inputs = INPUTS[path[-2]]
+        last = len(target.shape) - 2  # of a layer's dimensions
         if kind == "nf4":
-            tiled = {inputs - 1: _tile(target.shape[inputs])}
-            channels = tuple(axis for axis in range(len(target.shape) - 1) if axis not in tiled)
+            tiled, channels = {last: _tile(target.shape[-1])}, tuple(range(last))
         else:
-            tiled, channels = {}, tuple(range(inputs, len(target.shape) - 1))
+            tiled, channels = {}, tuple(range(OUTPUTS[path[-2]]))
         quantize = partial(qwix.quantize, qtype=kind, channelwise_axes=channels, tiled_axes=tiled)
         leaves[path] = QuantizedWeight(_by_layer(quantize, leaves[path], target.sharding))
     return unflatten_dict(leaves)

@@ -21,6 +21,7 @@ from phi3_jax.generation.speculative import (
 )
 from phi3_jax.rope import RopeTables, rope_tables
 from phi3_jax.sharding import mesh_of, replicate
+from phi3_jax.split_layers import decodes_split, split_layers
 
 # What room for guesses is a multiple of.
 GUESSES_A_STEP = 4
@@ -72,6 +73,8 @@ def read_drafter(
         width=-(-most // GUESSES_A_STEP) * GUESSES_A_STEP,
         adapts=settings.num_assistant_tokens_schedule != "constant",
     )
+    if params is not None and decodes_split(params):
+        params = split_layers(params)
     return dataclasses.replace(replicate(drafter, model.mesh), params=params)
 
 
@@ -93,7 +96,8 @@ class AssistedRequest(Request):
             line = draft_model.config.original_max_position_embeddings
             numbers = self.rows.spread[: len(self.input_ids)]
             ids_BT, mask_BT = self.rows.ids[numbers], self.rows.mask[numbers]
-            cache = empty_cache(draft_model, len(ids_BT), self.cached.columns, ())
+            split = (("split", True),) if decodes_split(self.drafter.params) else ()
+            cache = empty_cache(draft_model, len(ids_BT), self.cached.columns, split)
             cache = self._fill_draft(ids_BT, mask_BT, cache, mask_BT)
             long_B = replicate(mask_BT.sum(axis=1) > line, self.mesh)
         # A copy: the rounds write into their state.

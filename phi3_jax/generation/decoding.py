@@ -118,11 +118,14 @@ def bucket(tokens: int) -> int:
 def empty_cache(
     model: nn.Module, batch: int, capacity: int, kind: tuple[tuple[str, bool], ...] = ()
 ) -> KVCache:
-    """A cache for `capacity` tokens a row, in the model's dtype, laid out on its mesh.
+    """A cache for `capacity` tokens a row, in the model's dtype, laid out on its mesh; a split one,
+    which is a CPU's, in float32, since there narrower ones are widened at every token.
 
     kind: further arguments of KVCache.init, by name.
     """
-    cache = KVCache.init(model.config, batch, capacity, model.dtype, model.mesh, **dict(kind))
+    arguments = dict(kind)
+    dtype = jnp.float32 if arguments.get("split") else model.dtype
+    cache = KVCache.init(model.config, batch, capacity, dtype, model.mesh, **arguments)
     # As when rows are computed anew: one program does both.
     return dataclasses.replace(cache, filled=True)
 

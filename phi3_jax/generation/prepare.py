@@ -33,6 +33,7 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.processes import on_host
 from phi3_jax.rope import rope_tables
 from phi3_jax.sharding import mesh_of, replicate
+from phi3_jax.split_layers import decodes_split, split_layers
 
 Assistant = tuple[nn.Module, Any]
 
@@ -125,6 +126,9 @@ def prepare(
             "from_pretrained(..., mesh=mesh), or lay them out with shard_params"
         )
     mesh = home
+    split = decodes_split(params)
+    if split:
+        params = split_layers(params)
     # The folder's settings are in `settings` now; without them the program is the same for all.
     model = model.clone(generation_config=None, mesh=mesh)
 
@@ -142,6 +146,9 @@ def prepare(
         guidance=jnp.float32(settings.guidance_scale) if guided else None,
         stop=stop,
     )
+    before = _cache_before(cache, rows, columns, config)
+    if before is not None:
+        before = before.split(split, jnp.float32 if split else model.dtype)
     common: dict[str, Any] = dict(
         model=model,
         params=params,
@@ -151,8 +158,8 @@ def prepare(
         cached=Cached(
             columns=columns,
             chunk=settings.prefill_chunk_size,
-            kind=_cache_kind(settings),
-            before=_cache_before(cache, rows, columns, config),
+            kind=_cache_kind(settings) | ({"split": True} if split else {}),
+            before=before,
         ),
         max_new_tokens=max_new_tokens,
         seed=seed,

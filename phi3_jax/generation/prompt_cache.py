@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from phi3_jax.cache import KVCache, Quantized
+from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.processes import by_all, on_host
 from phi3_jax.sharding import Names, named_sharding
@@ -102,7 +102,7 @@ class PromptCache:
             "model": json.dumps(_model(self.config)),
             "capacity": str(self.cache.capacity),
             "ring": json.dumps(self.cache.ring_capacity is not None),
-            "quantized": json.dumps(isinstance(cache.k_LBKSH, Quantized)),
+            "quantized": json.dumps(cache.is_quantized),
         }
         with by_all():
             if jax.process_index() == 0:

@@ -194,4 +194,4 @@ def make_prompt_cache(
             "tokens that the prompts share as one row"
         )
     _, cache, _ = request.run_prompt()
-    return PromptCache(cache, request.input_ids[0], model.config)
+    return PromptCache(cache.split(False, model.dtype), request.input_ids[0], model.config)

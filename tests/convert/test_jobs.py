@@ -191,7 +191,7 @@ def test_inspect_lists_both_formats(tmp_path):
     total = sum(tensor.nbytes for tensor in tensors.values())
     for folder, count, shown in (
         ("hf", 21, r"model\.layers\.2\.self_attn\.qkv_proj\.weight +\[80, 48\] +bfloat16 +7,680"),
-        ("orbax", 9, r"model\.layers\.self_attn\.qkv_proj\.weight +\[3, 48, 2, 5, 8\] +bfloat16"),
+        ("orbax", 9, r"model\.layers\.self_attn\.qkv_proj\.weight +\[3, 2, 5, 8, 48\] +bfloat16"),
     ):
         text, problems = inspect_folder(tmp_path / folder)
         assert problems == []

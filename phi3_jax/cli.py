@@ -2,13 +2,13 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from phi3_jax import compilation_cache
 from phi3_jax.timing import Timing
 
 EMBEDDED_MODEL = Path(__file__).parent / "tiny_demo"
@@ -30,16 +30,13 @@ Model = Annotated[
     ),
 ]  # fmt: skip
 MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(help="Length of an answer in tokens; by default as long as the cache."),
+    int | None, typer.Option(help="Tokens of an answer; by default as long as the cache.")
 ]
 Temperature = Annotated[
     float | None,
     typer.Option(help="Above 0: sample; 0: the most likely token. By default as the folder says."),
 ]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample from the most likely tokens of this mass.")
-]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens, the most likely.")]
 MinP = Annotated[
     float | None,
@@ -56,9 +53,7 @@ System = Annotated[str | None, typer.Option(help="A system message before the co
 CacheLength = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together; by default 4096 or less.")
 ]
-Stats = Annotated[
-    bool, typer.Option("--stats", help="Print tokens per second and peak memory to stderr.")
-]
+Stats = Annotated[bool, typer.Option("--stats", help="Print where time and memory went to stderr.")]
 
 
 class UserError(Exception):
@@ -73,12 +68,23 @@ def say(text: str) -> None:
 def run_command(function: Callable[..., None]) -> None:
     """Runs a typer command; an error that is the user's becomes one line and exit status 1."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
+    app.command(epilog=compilation_cache.HELP)(function)
     try:
         app()
     except (ValueError, OSError, UserError) as error:
         say(f"error: {error}")
         sys.exit(1)
+
+
+def begin() -> Timing:
+    """Imports what loading and generating need, sets JAX up, and returns the running clock."""
+    timing = Timing()
+    import phi3_jax.checkpoint
+    import phi3_jax.text.generator  # noqa: F401
+
+    compilation_cache.keep_compiled_programs()
+    timing.lap("start")
+    return timing
 
 
 def load_model(model: str, dtype: str) -> tuple[Any, Any, Any]:
@@ -91,7 +97,8 @@ def load_model(model: str, dtype: str) -> tuple[Any, Any, Any]:
     folder = find_folder(model)
     mesh = phi3.make_mesh() if jax.device_count() > 1 else None
     stored = None if dtype == "auto" else dtype
-    return folder, *phi3.from_pretrained(folder, dtype=stored, mesh=mesh)
+    network, params = phi3.from_pretrained(folder, dtype=stored, mesh=mesh)
+    return folder, network, jax.block_until_ready(params)
 
 
 def load_generator(model: str | None, dtype: str, cache_length: int | None):
@@ -215,21 +222,20 @@ def generate(
         check_path(prompt_cache_file)
     if json_schema is not None:
         settings["grammar"] = read_json_schema(json_schema)
-    start = time.perf_counter()
+    timing = begin()
     generator = load_generator(model, dtype, cache_length)
     if draft_model is not None:
         settings["assistant"] = load_model(draft_model, dtype)[1:]
-    load_s = time.perf_counter() - start
+    timing.lap("load")
     messages = [{"role": "user", "content": text}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     if prompt_cache_file is not None:
         kind = prompt_cache_settings(prompt_cache_file, generator, messages, kind)
     settings |= kind
-    timing = Timing(len(generator.encode(messages)), at_once=(num_beams or 1) > 1)
     print_answer(timing.watch(generator.stream(messages, seed, **settings)))
     if stats:
-        say(timing.report(load_s))
+        say(timing.report(len(generator.encode(messages)), at_once=(num_beams or 1) > 1))
 
 
 def read_json_schema(path: Path):
@@ -256,7 +262,6 @@ def prompt_cache_settings(
     """The settings with which the prompt in a file is used; without a file, these messages are
     computed, kept as `kind` says and written there.
     """
-    from phi3_jax.cache import Quantized
     from phi3_jax.generation.prompt_cache import PromptCache
 
     if not path.exists():
@@ -264,7 +269,7 @@ def prompt_cache_settings(
         cache.save(path)
         return {"cache": cache}
     cache = PromptCache.load(path, generator.model)
-    if kind and not isinstance(cache.cache.k_LBKSH, Quantized):
+    if kind and not cache.cache.is_quantized:
         raise UserError(
             f"{path} has keys and values that are not in 8 bits; leave out --kv-bits, or name "
             "another file"
@@ -297,9 +302,9 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    start = time.perf_counter()
+    timing = begin()
     generator = load_generator(model, dtype, cache_length)
-    load_s = time.perf_counter() - start
+    timing.lap("load")
     opening = [{"role": "system", "content": system}] if system else []
     history = list(opening)
     say("!help lists the commands, !exit leaves.")
@@ -316,8 +321,8 @@ def chat(
                 return
             continue
         asked = [*history, {"role": "user", "content": text}]
+        timing.lap("typing")
         try:
-            timing = Timing(len(generator.encode(asked)))
             answer = print_answer(timing.watch(generator.stream(asked, seed, **settings)))
         except ValueError as error:
             say(f"error: {error}\n(!clear forgets the conversation)")
@@ -327,7 +332,7 @@ def chat(
             continue
         history[:] = [*asked, {"role": "assistant", "content": answer}]
         if stats:
-            say(timing.report(load_s))
+            say(timing.report(len(generator.encode(asked))))
 
 
 def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) -> bool:

@@ -1,51 +1,92 @@
-"""What --stats prints of an answer."""
+"""What --stats prints: where the time of a command went."""
 
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 
-@dataclass
 class Timing:
-    """Times one answer while its pieces pass through.
+    """Divides time into named parts, and what jax spends on compiling from all of them.
+
+    jax tells of compiling itself (jax.monitoring): tracing, lowering, and the compiler's run or the
+    loading of what was compiled before, from the making of this object on.
 
     Attributes:
-      prompt_tokens: of the prompt.
-      at_once: whether the pieces come all together, as with beams.
+      seconds: of each part, without compiling.
+      compile_s: spent on compiling since the last report.
+      tokens: of the last answer.
     """
 
-    prompt_tokens: int
-    at_once: bool = False
-    tokens: int = 0
-    first_s: float = 0.0
-    rest_s: float = 0.0
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.compile_s = 0.0
+        self.tokens = 0
+        self._spans: list[tuple[float, float]] = []
+        self._last = time.time()  # the clock that jax.monitoring has
+        import jax.monitoring
+
+        jax.monitoring.register_event_time_span_listener(self._heard)
+
+    def _heard(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._spans.append((start_time, end_time))
+
+    def lap(self, part: str) -> None:
+        """Ends a part, which began where the one before ended."""
+        spans, self._spans = sorted(self._spans), []
+        compile_s, reached = 0.0, self._last
+        for start, end in spans:  # programs are traced inside of others
+            compile_s += max(0.0, end - max(start, reached))
+            reached = max(end, reached)
+        now = time.time()
+        self.seconds[part] = now - self._last - compile_s
+        self.compile_s += compile_s
+        self._last = now
 
     def watch(self, pieces: Iterator[str]) -> Iterator[str]:
-        """The same pieces; the last one is what was left over and no token of its own."""
-        start = last = time.perf_counter()
+        """The same pieces of an answer: "prefill" ends with the first one, "decode" with the last,
+        which is what was left over and no token of its own.
+        """
         count = 0
         for piece in pieces:
-            now = time.perf_counter()
             if count == 0:
-                self.first_s = now - start
-            else:
-                self.tokens, self.rest_s = count, last - start - self.first_s
-            count, last = count + 1, now
+                self.lap("prefill")
+            count += 1
             yield piece
+        self.lap("decode")
+        self.tokens = count - 1
 
-    def report(self, load_s: float) -> str:
-        """What --stats prints."""
-        later = self.tokens - 1
-        prompt_rate = f", {self.prompt_tokens / self.first_s:.1f} tokens/s (with compiling)"
-        rate = f", {later / self.rest_s:.1f} tokens/s" if later > 0 else ", -"
-        if self.at_once:
-            prompt_rate, rate = "", f", {self.first_s:.2f} s together (with compiling)"
+    def report(self, prompt_tokens: int, at_once: bool = False) -> str:
+        """What --stats prints of an answer.
+
+        Args:
+          prompt_tokens: of the prompt.
+          at_once: whether the pieces came all together, as with beams.
+        """
+        seconds = self.seconds
+        if at_once:
+            both_s = seconds["prefill"] + seconds["decode"]
+            answer = (
+                f"prefill {prompt_tokens} tokens and decode {self.tokens} tokens {both_s:.3f} s "
+                "together"
+            )
+        else:
+            # The prefill has chosen the first token.
+            answer = (
+                f"prefill {prompt_tokens} tokens {_rate(prompt_tokens, seconds['prefill'])} | "
+                f"decode {self.tokens} tokens {_rate(self.tokens - 1, seconds['decode'])}"
+            )
+        compile_s, self.compile_s = self.compile_s, 0.0
         return (
-            f"load {load_s:.2f} s | prompt {self.prompt_tokens} tokens{prompt_rate} | "
-            f"decode {self.tokens} tokens{rate} | peak memory {peak_memory_gb():.2f} GB"
+            f"start {seconds['start']:.2f} s | load {seconds['load']:.2f} s | "
+            f"compile {compile_s:.2f} s | {answer} | peak memory {peak_memory_gb():.2f} GB"
         )
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    rate = f"{tokens / seconds:.1f}" if tokens > 0 and seconds > 0 else "-"
+    return f"{seconds:.3f} s, {rate} tokens/s"
 
 
 def peak_memory_gb() -> float:

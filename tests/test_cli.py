@@ -36,8 +36,17 @@ def test_generate_answers_and_says_that_it_is_the_demo(run):
     status, out, err = run(cli.generate_command, QUESTION, "--stats")
     assert status == 0 and "Paris" in out
     assert "phi3-tiny-demo" in err and "not Phi-3" in err
-    for word in ("load", "prompt", "decode", "tokens/s", "peak memory"):
-        assert word in err
+    parts = ["start", "load", "compile", "prefill 10 tokens", "decode 10 tokens", "peak memory"]
+    stats = err.splitlines()[-1].split(" | ")
+    assert [part[: len(name)] for part, name in zip(stats, parts, strict=True)] == parts
+    assert all(stats[place].endswith(" tokens/s") for place in (3, 4))
+
+
+def test_chat_tells_of_each_answer(run):
+    status, _, err = run(cli.chat_command, "--stats", stdin=f"{QUESTION}\n!clear\n{QUESTION}")
+    stats = [line.split(" | ") for line in err.splitlines() if "start" in line]
+    assert status == 0 and len(stats) == 2
+    assert stats[0][:2] == stats[1][:2] and stats[1][2] == "compile 0.00 s"
 
 
 def test_generate_reads_the_input_and_a_model_folder(run):
@@ -192,6 +201,12 @@ def test_errors_are_one_message_without_a_traceback(run, arguments, words):
     status, out, err = run(cli.generate_command, *arguments)
     assert status == 1 and not out
     assert words in err and "error:" in err and "Traceback" not in err
+
+
+def test_help_says_where_compiled_programs_are(run):
+    for entry in (cli.generate_command, cli.chat_command):
+        status, out, _ = run(entry, "--help")
+        assert status == 0 and "JAX_ENABLE_COMPILATION_CACHE=false" in out
 
 
 def test_unknown_options_are_usage_errors(run):

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # What each module may import of this repository: itself apart, only what stands in a line before.
 ORDER = [
     {
+        "phi3_jax.compilation_cache",
         "phi3_jax.frozen_mapping",
         "phi3_jax.read_ahead",
         "phi3_jax.safetensors_files",
@@ -23,8 +24,14 @@ ORDER = [
     {"phi3_jax.generation.watermarking_config"},
     {"phi3_jax.generation.config"},
     {"phi3_jax.rope", "phi3_jax.sharding"},
-    {"phi3_jax.attention_kernels", "phi3_jax.cache", "phi3_jax.head_loss", "phi3_jax.resize"},
-    {"phi3_jax.gather", "phi3_jax.loss"},
+    {
+        "phi3_jax.attention_kernels",
+        "phi3_jax.head_loss",
+        "phi3_jax.resize",
+        "phi3_jax.slots",
+        "phi3_jax.split_layers",
+    },
+    {"phi3_jax.cache", "phi3_jax.gather", "phi3_jax.loss"},
     {"phi3_jax.attention"},
     {"phi3_jax.inputs", "phi3_jax.layers"},
     {"phi3_jax.outputs"},
@@ -32,6 +39,7 @@ ORDER = [
     {"phi3_jax.classification"},
     {"phi3_jax.hf_format", "phi3_jax.generation"},
     {"phi3_jax.orbax_format"},
+    {"phi3_jax.load_leaves"},
     {"phi3_jax.checkpoint"},
     {"phi3_jax.text"},
     {"phi3_jax.cli"},
@@ -120,4 +128,18 @@ assert not {"torch", "transformers"} & set(sys.modules)
 
 def test_importing_the_package_loads_no_compiler():
     script = "import sys, phi3_jax; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_packages_that_take_long_wait_until_they_are_needed():
+    """The package alone loads none; a Hugging Face folder is loaded without Orbax and training."""
+    script = """
+import sys, phi3_jax
+heavy = {"orbax", "tensorstore", "tokenizers", "sentencepiece", "typer", "grain", "optax"}
+loaded = heavy | {"jax", "flax", "numpy", "jinja2", "rich", "safetensors"}
+assert not loaded & set(sys.modules), loaded & set(sys.modules)
+phi3_jax.TextGenerator, phi3_jax.Tokenizer, phi3_jax.generate
+phi3_jax.from_pretrained("phi3_jax/tiny_demo")
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from phi3_jax import compilation_cache
+
 app = typer.Typer(
     help="Fine-tune Phi-3: `phi3-train CONFIG section.name=value ...` starts a run, or goes on "
     "with one. CONFIG is a page of configs/ or a .py file with get_config().",
@@ -24,7 +26,7 @@ Run = Annotated[str, typer.Argument(help="The folder of a run.")]
 Step = Annotated[int | None, typer.Option(help="A checkpoint's step; by default the last one.")]
 
 
-@app.command("run")
+@app.command("run", epilog=compilation_cache.HELP)
 def _run(config: ConfigName, overrides: Overrides = None) -> None:
     """Fine-tune; `run` itself may be left out. Status 75: told to stop, saved, to be run again."""
     from train.config import load_config
@@ -33,6 +35,7 @@ def _run(config: ConfigName, overrides: Overrides = None) -> None:
     from train.distributed import initialize
 
     initialize()
+    compilation_cache.keep_compiled_programs()
     from train.loop import train
     from train.preemption import PREEMPTED_STATUS
 
@@ -87,7 +90,7 @@ def _export(
     print(f"wrote {target}")
 
 
-@app.command("eval")
+@app.command("eval", epilog=compilation_cache.HELP)
 def _eval(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a run's folder.")],
     data: Annotated[str, typer.Argument(help="jsonl, parquet or arrayrecord; a folder's test.*")],
@@ -126,6 +129,7 @@ def _eval(
     assert batches.steps is not None, "an epoch has an end"
     if answers:
         questions(records[i] for i in range(len(records)))  # names what asks nothing, at once
+    compilation_cache.keep_compiled_programs()
     network, params, tokenizer = load_for_use(model, dtype, step)
     rows = range(batch_size)
     found = perplexity(network, params, batches.iterate(0, batches.steps, rows))

@@ -2,9 +2,11 @@
 
     python benchmarks/convert.py FOLDER [--work DIR]
 
-Prints seconds, bytes a second, CPU seconds and peak resident memory. Each step starts with its
-source out of the page cache and ends when all is on the disk; what it writes is removed again. DIR,
-by default beside the folder, needs three times the room of the weights.
+Prints seconds, bytes a second, CPU seconds and peak resident memory of the process, and each
+conversion's seconds as a multiple of those of a copy of the files that it reads, made just before
+it. Each step starts with its source out of the page cache and ends when all is on the disk; what it
+writes is removed again. DIR, by default beside the folder, needs three times the room of the
+weights.
 """
 
 import argparse
@@ -47,19 +49,26 @@ def main() -> None:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{folder}: {size:,} bytes of safetensors; {os.cpu_count()} cores")
     try:
+        orbax, hf, copy = work / "orbax", work / "hf", work / "copy"
+        copied_s = 0.0
         steps = [
-            ("plain copy", ["cp", "-r", str(folder), str(work / "copy")], folder),
-            ("to-orbax", [*convert, "to-orbax", str(folder), str(work / "orbax")], folder),
-            ("to-hf", [*convert, "to-hf", str(work / "orbax"), str(work / "hf")], work / "orbax"),
-            ("verify", [*convert, "verify", str(folder), str(work / "hf")], work / "hf"),
+            ("plain copy", ["cp", "-r"], folder, copy),
+            ("to-orbax", [*convert, "to-orbax"], folder, orbax),
+            ("plain copy", ["cp", "-r"], orbax, copy),
+            ("to-hf", [*convert, "to-hf"], orbax, hf),
+            ("verify", [*convert, "verify"], hf, folder),
         ]
         os.sync()
-        for name, command, source in steps:
-            seconds, cpu, peak = run(command, source)
+        for name, command, source, target in steps:
+            seconds, cpu, peak = run([*command, str(source), str(target)], source)
             rates = f"{seconds:7.1f} s  {size / seconds / 1e6:7.0f} MB/s  CPU {cpu:6.1f} s"
-            print(f"{name:10}  {rates}  peak RSS {peak / 1e9:.2f} GB", flush=True)
+            line = f"{name:10}  {rates}  peak RSS {peak / 1e9:.2f} GB"
             if name == "plain copy":
-                shutil.rmtree(work / "copy")
+                shutil.rmtree(copy)
+                copied_s = seconds
+            elif name.startswith("to-"):
+                line += f"  {seconds / copied_s:.2f} x the copy"
+            print(line, flush=True)
     finally:
         shutil.rmtree(work)
 

@@ -1,9 +1,18 @@
 """Set up before the first device is used: CPU only, eight devices, exact matrix products."""
 
 import os
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of what the tests do: programs need not be fast, they are to compile fast.
+# Processes that tests start inherit this, and what is set already has the last word.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Later ones, and libtpu's, end the process at a flag that they do not know.
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {given}"
 
 import jax
 import pytest
@@ -11,7 +20,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Compiling is most of what the tests do, and many compile the same small programs.
+# Many tests compile the same small programs.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

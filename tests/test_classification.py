@@ -23,6 +23,13 @@ def model_and_params(model_class, labels=3, **changes):
     return model, {**init_params(model, seed=1), "model": decoder}
 
 
+# One program is compiled much faster than each operation alone.
+@functools.partial(jax.jit, static_argnames=("model", "deterministic"))
+def run(model, params, ids, seed=0, **inputs):
+    rngs = {"dropout": jax.random.key(seed)}
+    return model.apply({"params": params}, ids, rngs=rngs, **inputs)
+
+
 def test_the_last_token_that_is_no_padding_speaks_for_the_row():
     """By its id, whatever the mask says; ends that equal the padding are skipped; a row of nothing
     but padding is read at its first column (trap 39).
@@ -38,14 +45,14 @@ def test_the_last_token_that_is_no_padding_speaks_for_the_row():
     ])  # fmt: skip
     columns = [2, 4, 2, 0, 4, 1]
     decoder = phi3.Phi3Model(model.config)
-    hidden = decoder.apply({"params": params["model"]}, ids).last_hidden_state
+    hidden = run(decoder, params["model"], ids).last_hidden_state
     expected = hidden[np.arange(6), columns] @ params["score"]["weight"].T
-    got = model.apply({"params": params}, ids).logits
+    got = run(model, params, ids).logits
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     mask = np.ones_like(ids)
     mask[:, 2:] = 0
-    masked = model.apply({"params": params}, ids[4:5], attention_mask=mask[4:5]).logits
-    last = decoder.apply({"params": params["model"]}, ids[4:5], attention_mask=mask[4:5])
+    masked = run(model, params, ids[4:5], attention_mask=mask[4:5]).logits
+    last = run(decoder, params["model"], ids[4:5], attention_mask=mask[4:5])
     wanted = last.last_hidden_state[:, 4] @ params["score"]["weight"].T
     np.testing.assert_allclose(masked, wanted, rtol=1e-5, atol=1e-5)
 
@@ -55,8 +62,8 @@ def test_rows_without_a_padding_id_are_refused_but_for_one():
     with pytest.raises(ValueError, match="2 rows cannot be classified without a pad_token_id"):
         model.apply({"params": params}, tokens(2, 4))
     ids = tokens(1, 4)
-    one = model.apply({"params": params}, ids).logits
-    hidden = phi3.Phi3Model(model.config).apply({"params": params["model"]}, ids).last_hidden_state
+    one = run(model, params, ids).logits
+    hidden = run(phi3.Phi3Model(model.config), params["model"], ids).last_hidden_state
     np.testing.assert_allclose(one, hidden[:, -1] @ params["score"]["weight"].T, atol=1e-5)
 
 
@@ -66,7 +73,7 @@ def test_embeddings_are_read_at_their_last_token_with_a_warning():
     embeds = params["model"]["embed_tokens"]["weight"][ids]
     with pytest.warns(UserWarning, match="padding cannot be seen in inputs_embeds"):
         got = model.apply({"params": params}, inputs_embeds=embeds).logits
-    np.testing.assert_allclose(got, model.apply({"params": params}, ids).logits, atol=1e-5)
+    np.testing.assert_allclose(got, run(model, params, ids).logits, atol=1e-5)
 
 
 def test_losses_of_rows():
@@ -121,19 +128,16 @@ def test_token_labels_count_but_for_minus_100():
 def test_the_token_head_has_a_bias_and_dropout():
     model, params = model_and_params(TOKEN)
     ids = tokens(2, 5)
-    plain = model.apply({"params": params}, ids).logits
+    plain = run(model, params, ids).logits
     shifted = {**params, "score": {**params["score"], "bias": jnp.arange(3.0)}}
-    moved = model.apply({"params": shifted}, ids).logits
+    moved = run(model, shifted, ids).logits
     np.testing.assert_allclose(moved - plain, np.broadcast_to(np.arange(3), (2, 5, 3)), atol=1e-5)
     assert not params["score"]["bias"].any()
-
-    def run(model, seed):
-        rngs = {"dropout": jax.random.key(seed)}
-        return model.apply({"params": params}, ids, deterministic=False, rngs=rngs).logits
-
-    assert (run(model, 0) != plain).any() and (run(model, 0) != run(model, 1)).any()
+    dropped = lambda model, seed: run(model, params, ids, seed, deterministic=False).logits  # noqa: E731
+    assert (dropped(model, 0) != plain).any()
+    assert (dropped(model, 0) != dropped(model, 1)).any()
     for none in ({"classifier_dropout": 0.0}, {"hidden_dropout": 0.0}):
-        np.testing.assert_array_equal(run(model_and_params(TOKEN, **none)[0], 0), plain)
+        np.testing.assert_array_equal(dropped(model_and_params(TOKEN, **none)[0], 0), plain)
     _, without = model_and_params(TOKEN, token_classification_bias=False)
     assert "bias" not in without["score"]
 
@@ -146,7 +150,7 @@ def test_heads_on_a_mesh(model_class):
     value = lambda model: jax.value_and_grad(  # noqa: E731
         lambda params: model.apply({"params": params}, ids, labels=labels).loss
     )
-    loss, gradients = value(model)(params)
+    loss, gradients = jax.jit(value(model))(params)
     laid_out, sharded = on_mesh(model, params, make_mesh(1, 4, 2))
     meshed, others = jax.jit(value(laid_out))(sharded)
     np.testing.assert_allclose(meshed, loss, rtol=1e-5)

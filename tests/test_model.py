@@ -23,6 +23,10 @@ def forward(model, params, ids, **inputs):
     return model.apply({"params": params}, jnp.asarray(ids), **inputs)
 
 
+# One program is compiled much faster than each operation alone; what looks at values stays as is.
+compiled = jax.jit(forward, static_argnames="model")
+
+
 def test_window_counts_the_query_itself():
     """W = 3 sees 1, 2, 3, 3, ... keys (trap 18)."""
     seen = causal_mask(jnp.arange(6), jnp.arange(6), 3)
@@ -36,9 +40,9 @@ def test_holes_use_the_window_up():
     model, params = model_and_params("mha_window", sliding_window=3)
     ids, mask = tokens(1, 9), np.ones((1, 9), np.int32)
     mask[0, 5:8] = 0
-    with_hole = forward(model, params, ids, attention_mask=mask).logits[0, 8]
+    with_hole = compiled(model, params, ids, attention_mask=mask).logits[0, 8]
     # What column 8 computes is then a row of one token at position 8.
-    alone = forward(model, params, ids[:, 8:], position_ids=jnp.array([[8]])).logits[0, 0]
+    alone = compiled(model, params, ids[:, 8:], position_ids=jnp.array([[8]])).logits[0, 0]
     np.testing.assert_allclose(with_hole, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -48,27 +52,22 @@ def test_single_steps_through_the_window_equal_one_forward(case):
     model, params = model_and_params(case, original_max_position_embeddings=64)
     width = 3 * model.config.sliding_window + 2
     ids = tokens(2, width)
-    whole = forward(model, params, ids).logits
-
-    @jax.jit
-    def step(cache, token):
-        out = forward(model, params, token, cache=cache)
-        return out.cache, out.logits
-
+    whole = compiled(model, params, ids).logits
     cache, steps = phi3.KVCache.init(model.config, 2, width, jnp.float32), []
     for column in range(width):
-        cache, logits = step(cache, ids[:, column : column + 1])
-        steps.append(logits)
+        out = compiled(model, params, ids[:, column : column + 1], cache=cache)
+        cache = out.cache
+        steps.append(out.logits)
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_appended_to_a_cache_equal_one_forward():
     model, params = model_and_params("gqa")
     ids = tokens(2, 11)
-    whole = forward(model, params, ids).logits
+    whole = compiled(model, params, ids).logits
     cache, parts = phi3.KVCache.init(model.config, 2, 13, jnp.float32), []
     for start, stop in ((0, 4), (4, 5), (5, 11)):
-        out = forward(model, params, ids[:, start:stop], cache=cache)
+        out = compiled(model, params, ids[:, start:stop], cache=cache)
         cache = out.cache
         parts.append(out.logits)
     assert int(cache.length) == 11 and cache.valid_BS.sum() == 22
@@ -78,16 +77,16 @@ def test_chunks_appended_to_a_cache_equal_one_forward():
 def test_padding_changes_nothing_for_real_tokens():
     model, params = model_and_params("longrope")
     ids = tokens(1, 9)
-    alone = forward(model, params, ids).logits[0]
+    alone = compiled(model, params, ids).logits[0]
     padded = np.concatenate([np.zeros((1, 4), np.int32), ids], axis=1)
     mask = padded != 0
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    out = forward(model, params, padded, attention_mask=mask, position_ids=positions).logits
+    out = compiled(model, params, padded, attention_mask=mask, position_ids=positions).logits
     np.testing.assert_allclose(out[0, 4:], alone, rtol=1e-4, atol=1e-5)
     assert np.isfinite(out).all()
     # On the right, beyond the line of 16: finite, and without effect on the row's rope.
     right = np.concatenate([ids, np.zeros((1, 14), np.int32)], axis=1)
-    out = forward(model, params, right, attention_mask=right != 0).logits
+    out = compiled(model, params, right, attention_mask=right != 0).logits
     np.testing.assert_allclose(out[0, :9], alone, rtol=1e-4, atol=1e-5)
     assert np.isfinite(out).all()
 
@@ -136,15 +135,13 @@ def test_half_precision_masks_stay_finite():
     small = jax.tree.map(lambda leaf: (leaf * 0.3).astype(jnp.float16), params)
     ids, mask = tokens(3, 7), np.ones((3, 7), np.int32)
     mask[0, :3] = mask[2] = 0
-    value = lambda params: (  # noqa: E731
-        half.apply({"params": params}, ids, attention_mask=mask, labels=ids).loss
-    )
-    loss, gradients = jax.value_and_grad(value)(small)
+    value = lambda params: forward(half, params, ids, attention_mask=mask, labels=ids).loss  # noqa: E731
+    loss, gradients = jax.jit(jax.value_and_grad(value))(small)
     assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     lowest = np.where(mask[:, None, None, :] != 0, 0, np.finfo(np.float16).min).astype(np.float16)
     causal = np.triu(np.full((7, 7), np.finfo(np.float16).min), 1).astype(np.float16)
-    added = half.apply({"params": small}, ids, attention_mask=np.minimum(lowest, causal)).logits
-    kept = half.apply({"params": small}, ids, attention_mask=mask).logits
+    added = compiled(half, small, ids, attention_mask=np.minimum(lowest, causal)).logits
+    kept = compiled(half, small, ids, attention_mask=mask).logits
     real = mask != 0
     np.testing.assert_allclose(added[real], kept[real], atol=2e-2)
 
@@ -172,7 +169,7 @@ def test_truncated_slots_are_forgotten():
     cache = phi3.KVCache.init(model.config, 1, 8, jnp.float32)
     cache = forward(model, params, ids, cache=cache).cache.truncate(4)
     out = forward(model, params, ids[:, 4:], cache=cache)
-    whole = forward(model, params, ids).logits
+    whole = compiled(model, params, ids).logits
     np.testing.assert_allclose(out.logits, whole[:, 4:], rtol=1e-4, atol=1e-5)
 
 
@@ -231,7 +228,7 @@ def test_base_model_ends_before_the_head():
 def test_initial_parameters():
     config = phi3.Phi3Config(**config_values("gqa"), initializer_range=0.02)
     model = phi3.Phi3ForCausalLM(config, param_dtype=jnp.bfloat16)
-    params = nn.unbox(model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32)))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2), jnp.int32)))["params"]
     table = np.asarray(params["model"]["embed_tokens"]["weight"], np.float32)
     assert table.std() == pytest.approx(0.02, rel=0.05) and not table[config.pad_token_id].any()
     layers = params["model"]["layers"]

@@ -18,13 +18,6 @@ WIDE = 5
 COMMON = dict(max_new_tokens=20, eos_token_id=None, max_cache_len=32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def generate(rows=ROWS, **settings):
     settings = {**COMMON, **settings}
     return phi3.generate(*small_model("gqa"), *left_padded(rows), **settings)

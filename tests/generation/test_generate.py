@@ -37,13 +37,6 @@ CASE = "longrope_window"
 OUTPUTS = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def generate(rows=ROWS, **settings):
     settings = {"max_new_tokens": NEW, "eos_token_id": None, **settings}
     return phi3.generate(*small_model(CASE), *left_padded(rows), **settings)

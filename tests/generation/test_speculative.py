@@ -27,13 +27,6 @@ COLUMNS, BEFORE_GUESSES = 48, 37
 CASE = "longrope_window"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def near():
     """A model that chooses much as the tested one does."""
     model, params = small_model(CASE)

@@ -6,7 +6,6 @@ other, the reference is not right, and tests/generation compares with forwards w
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 from reference import config_values, hf_weights, params_of
@@ -24,13 +23,6 @@ SIZES = dict(vocab_size=VOCAB, num_hidden_layers=2, original_max_position_embedd
 ENDS = [5, 9, 14]
 SEEDS = range(20)
 BOTH = dict(max_new_tokens=NEW, pad_token_id=PAD, output_scores=True, output_logits=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -157,7 +157,7 @@ def assert_as_by_hand(call, visible):
 
 @pytest.mark.parametrize(
     "T, window, quantized",
-    [(13, None, False), (16, 4, True)],  # 13: the last piece begins in the one before
+    [(13, None, False), (24, 4, True)],  # 13: the last piece begins in the one before
 )
 def test_many_queries_are_computed_in_pieces(monkeypatch, T, window, quantized):
     rng = np.random.default_rng(0)
@@ -193,7 +193,7 @@ def test_on_a_tpu_few_queries_get_company(monkeypatch, G, T):
     visible = Visible(None, seen_columns(rng, T, 4), 4, "xla")
     rows = []
 
-    def on_a_tpu(*arguments, default, tpu=None, cuda=None):
+    def on_a_tpu(*arguments, default, tpu=None, cuda=None, cpu=None):
         rows.extend([] if tpu is None else [tpu])
         return (tpu or default)(*arguments)
 

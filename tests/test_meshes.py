@@ -182,6 +182,15 @@ def test_an_optimizer_leaves_the_padding_zero():
     assert all(jax.tree.leaves(jax.tree.map(changed, stepped, jax.device_get(sharded))))
 
 
+@pytest.fixture
+def optimized():
+    """Without optimisation XLA rounds the ends of odd rows otherwise, by a bit."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
 def born_on_one_device():
     return jax.device_get(init_params(phi3.Phi3ForCausalLM(shrunk(MEDIUM)), seed=3))
@@ -194,7 +203,7 @@ def born_on_one_device():
         for sizes in TENSOR + MIXED + SEQUENCE
     ],
 )
-def test_new_parameters_do_not_depend_on_the_mesh(sizes):
+def test_new_parameters_do_not_depend_on_the_mesh(sizes, optimized):
     model = phi3.Phi3ForCausalLM(shrunk(MEDIUM), mesh=on_devices(sizes))
     params = init_params(model, seed=3)
     assert_zero_padding(params, model)

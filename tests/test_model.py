@@ -232,7 +232,7 @@ def test_initial_parameters():
     table = np.asarray(params["model"]["embed_tokens"]["weight"], np.float32)
     assert table.std() == pytest.approx(0.02, rel=0.05) and not table[config.pad_token_id].any()
     layers = params["model"]["layers"]
-    assert layers["self_attn"]["qkv_proj"]["weight"].shape == (3, 48, 2, 5, 8)
+    assert layers["self_attn"]["qkv_proj"]["weight"].shape == (3, 2, 5, 8, 48)
     assert layers["self_attn"]["qkv_proj"]["weight"].dtype == jnp.bfloat16
     assert (layers["input_layernorm"]["weight"] == 1).all()
     first, second = layers["mlp"]["down_proj"]["weight"][:2]

@@ -113,9 +113,9 @@ def test_parameters_are_cut_along_their_width():
     params = abstract_params(phi3.Phi3ForCausalLM(config, mesh=mesh_of(1, 2, 4, 1)))
     attention = params["model"]["layers"]["self_attn"]
     qkv, o = attention["qkv_proj"]["weight"], attention["o_proj"]["weight"]
-    assert qkv.shape == (40, 5120, 12, 6, 128)
-    assert qkv.sharding.shard_shape(qkv.shape) == (40, 640, 12, 6, 128)
-    assert o.sharding.shard_shape(o.shape) == (40, 12, 4, 128, 640)
+    assert qkv.shape == (40, 12, 6, 128, 5120)
+    assert qkv.sharding.shard_shape(qkv.shape) == (40, 12, 6, 128, 640)
+    assert o.sharding.shard_shape(o.shape) == (40, 640, 12, 4, 128)
 
 
 def test_a_cache_of_the_mesh_goes_through_calls():

@@ -141,15 +141,15 @@ def test_what_the_tensor_axis_shards_is_padded():
 PHI3_MEDIUM = {
     "model.embed_tokens.weight": ((32064, 5120), (TENSOR, FSDP)),
     "model.layers.self_attn.qkv_proj.weight": (
-        (40, 5120, 12, 6, 128),
-        (None, FSDP, TENSOR, None, None),
-    ),
-    "model.layers.self_attn.o_proj.weight": (
-        (40, 12, 4, 128, 5120),
+        (40, 12, 6, 128, 5120),
         (None, TENSOR, None, None, FSDP),
     ),
-    "model.layers.mlp.gate_up_proj.weight": ((40, 5120, 2, 17920), (None, FSDP, None, TENSOR)),
-    "model.layers.mlp.down_proj.weight": ((40, 17920, 5120), (None, TENSOR, FSDP)),
+    "model.layers.self_attn.o_proj.weight": (
+        (40, 5120, 12, 4, 128),
+        (None, FSDP, TENSOR, None, None),
+    ),
+    "model.layers.mlp.gate_up_proj.weight": ((40, 2, 17920, 5120), (None, None, TENSOR, FSDP)),
+    "model.layers.mlp.down_proj.weight": ((40, 5120, 17920), (None, FSDP, TENSOR)),
     "model.layers.input_layernorm.weight": ((40, 5120), (None, None)),
     "model.layers.post_attention_layernorm.weight": ((40, 5120), (None, None)),
     "model.norm.weight": ((5120,), (None,)),
@@ -228,7 +228,7 @@ def test_gradients_are_sharded_as_the_parameters():
     )
     assert all(jax.tree.leaves(placed)), placed
     # Nor are they whole on the way: of 3 layers, 48 wide, 40 of 80 mlp columns.
-    assert "f32[3,12,2,40]" in compiled.as_text() and "f32[3,48,2,40]" not in compiled.as_text()
+    assert "f32[3,2,40,12]" in compiled.as_text() and "f32[3,2,40,48]" not in compiled.as_text()
 
 
 def test_parameters_can_be_laid_out_later():

@@ -87,9 +87,9 @@ def test_crossing_leaves_the_other_rows_alone():
     ids, mask = left_padded(prompts((16, 3)))
     asked = request.prepare(model, params, ids, mask, max_new_tokens=5, eos_token_id=None)
     asked.start()
-    before = np.asarray(asked.state.cache.k_LBKSH)
+    before = np.asarray(asked.state.cache.split(False).k_LBKSH)
     asked.cross()
-    after = np.asarray(asked.state.cache.k_LBKSH)
+    after = np.asarray(asked.state.cache.split(False).k_LBKSH)
     assert asked.state.long_R.tolist() == [True, False]
     np.testing.assert_array_equal(after[:, 1], before[:, 1])
     assert (after[:, 0, :, 1:16] != before[:, 0, :, 1:16]).mean() > 0.9

@@ -185,7 +185,7 @@ def test_an_optimizer_leaves_the_padding_zero():
 @pytest.fixture
 def optimized():
     """Without optimisation XLA rounds the ends of odd rows otherwise, by a bit."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

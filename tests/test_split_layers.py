@@ -52,6 +52,8 @@ def test_split_parameters_are_views(dtype):
         assert bits.unsafe_buffer_pointer() == table["weight"].unsafe_buffer_pointer()
     assert split["lm_head"]["weight"] is params["lm_head"]["weight"]
     assert split_layers(split)["model"] is split["model"]
+    boxed = small()[0].init(jax.random.key(0), tokens(1, 2))["params"]
+    assert jax.tree.structure(split_layers(boxed)) == jax.tree.structure(split_layers(small()[1]))
     assert decodes_split(params) and decodes_split(split)
     assert not decodes_split(jax.eval_shape(lambda: params))
 

@@ -40,3 +40,12 @@ def forget_programs():
     """Compiled programs hold many memory maps, of which a process can have some 65,000."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimized():
+    """Without optimisation XLA rounds the ends of odd rows otherwise, by a bit."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

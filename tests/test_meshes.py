@@ -182,15 +182,6 @@ def test_an_optimizer_leaves_the_padding_zero():
     assert all(jax.tree.leaves(jax.tree.map(changed, stepped, jax.device_get(sharded))))
 
 
-@pytest.fixture
-def optimized():
-    """Without optimisation XLA rounds the ends of odd rows otherwise, by a bit."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def born_on_one_device():
     return jax.device_get(init_params(phi3.Phi3ForCausalLM(shrunk(MEDIUM)), seed=3))

@@ -81,14 +81,14 @@ def test_new_adapters():
     leaves = flatten_dict(init_adapters(model, LORA, seed=1))
     shapes = {path[-2:]: leaf.shape for path, leaf in leaves.items()}
     assert shapes == {
-        ("qkv_proj", "lora_a"): (3, 48, 3),
-        ("qkv_proj", "lora_b"): (3, 3, 3, 4, 8),
-        ("o_proj", "lora_a"): (3, 3, 2, 8, 3),
-        ("o_proj", "lora_b"): (3, 3, 48),
-        ("gate_up_proj", "lora_a"): (3, 48, 3),
-        ("gate_up_proj", "lora_b"): (3, 3, 2, 80),
-        ("down_proj", "lora_a"): (3, 80, 3),
-        ("down_proj", "lora_b"): (3, 3, 48),
+        ("qkv_proj", "lora_a"): (3, 3, 48),
+        ("qkv_proj", "lora_b"): (3, 3, 4, 8, 3),
+        ("o_proj", "lora_a"): (3, 3, 3, 2, 8),
+        ("o_proj", "lora_b"): (3, 48, 3),
+        ("gate_up_proj", "lora_a"): (3, 3, 48),
+        ("gate_up_proj", "lora_b"): (3, 2, 80, 3),
+        ("down_proj", "lora_a"): (3, 3, 80),
+        ("down_proj", "lora_b"): (3, 48, 3),
     }
     seen = []
     for path, leaf in leaves.items():
@@ -193,7 +193,7 @@ def test_merge_and_unmerge(dtype):
     weight, adapter = (
         tree["model"]["layers"]["self_attn"]["o_proj"] for tree in (before, adapters)
     )
-    update = np.einsum("lkghr,lrd->lkghd", adapter["lora_a"], adapter["lora_b"]) * (7 / 3)
+    update = np.einsum("ldr,lrkgh->ldkgh", adapter["lora_b"], adapter["lora_a"]) * (7 / 3)
     wanted = (weight["weight"].astype(np.float32) + update).astype(weight["weight"].dtype)
     found = merged["model"]["layers"]["self_attn"]["o_proj"]["weight"]
     assert found.dtype == dtype
@@ -210,7 +210,7 @@ def test_merge_and_unmerge(dtype):
 
 
 def test_gradients_follow_from_those_of_the_weight():
-    """dA = s dW B^T and dB = s A^T dW, where dW is that of the merged weight."""
+    """dA = s B^T dW and dB = s dW A^T, where dW is that of the merged weight."""
     model, params = model_and_params()
     adapters, ids = random_adapters(model), tokens(2, 9)
     loss = lambda params: model.apply({"params": params}, ids, labels=ids).loss  # noqa: E731
@@ -219,11 +219,11 @@ def test_gradients_follow_from_those_of_the_weight():
     found, halves = flatten_dict(step(adapters)), flatten_dict(adapters)
     for path in {path[:-1] for path in found}:
         a, b = halves[*path, "lora_a"], halves[*path, "lora_b"]
-        rank = a.shape[-1]
-        flat_a, flat_b = np.reshape(a, (3, -1, rank)), np.reshape(b, (3, rank, -1))
-        dw = LORA.scale * np.reshape(dense[*path, "weight"], (3, flat_a.shape[1], -1))
-        da = np.einsum("lio,lro->lir", dw, flat_b).reshape(a.shape)
-        db = np.einsum("lio,lir->lro", dw, flat_a).reshape(b.shape)
+        rank = a.shape[1]
+        flat_a, flat_b = np.reshape(a, (3, rank, -1)), np.reshape(b, (3, -1, rank))
+        dw = LORA.scale * np.reshape(dense[*path, "weight"], (3, flat_b.shape[1], -1))
+        da = np.einsum("loi,lor->lri", dw, flat_b).reshape(a.shape)
+        db = np.einsum("loi,lri->lor", dw, flat_a).reshape(b.shape)
         assert_close(found[*path, "lora_a"], da, 1e-4)
         assert_close(found[*path, "lora_b"], db, 1e-4)
 
@@ -358,7 +358,7 @@ def test_training_on_a_mesh_is_that_on_one_device(sizes):
 @pytest.mark.parametrize(
     "sizes", [(1, 2, 4), (1, 1, 7), pytest.param((2, 2, 2), marks=pytest.mark.slow)]
 )
-def test_new_and_merged_on_a_mesh(sizes):
+def test_new_and_merged_on_a_mesh(sizes, optimized):
     alone, params = model_and_params()
     model, sharded = on_mesh(alone, params, on_devices(sizes))
     new = init_adapters(model, LORA, seed=5)
@@ -386,6 +386,6 @@ def test_adapters_of_another_mesh_are_named():
     model, params = model_and_params()
     sharded_model, sharded = on_mesh(model, params, on_devices((1, 1, 4)))
     attached = attach(sharded, init_adapters(model, LORA), LORA)
-    words = r"qkv_proj.lora_b has shape \(3, 3, 4, 8\), this model on mesh .* has \(3, 4, 4, 8\)"
+    words = r"qkv_proj.lora_b has shape \(3, 4, 8, 3\), this model on mesh .* has \(4, 4, 8, 3\)"
     with pytest.raises(ValueError, match=words):
         logits(sharded_model, attached, tokens(1, 3))

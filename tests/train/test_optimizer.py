@@ -146,14 +146,12 @@ def matrices(path, leaf):
     *_, module, name = path
     layers = leaf.shape[0]
     if name == "lora_a":
-        return leaf.reshape(layers, -1, leaf.shape[-1])
-    if name == "lora_b" and module == "gate_up_proj":
-        return np.moveaxis(leaf, 2, 1).reshape(2 * layers, leaf.shape[1], F)
-    if name == "lora_b":
         return leaf.reshape(layers, leaf.shape[1], -1)
     if module == "gate_up_proj":
-        return np.moveaxis(leaf, 2, 1).reshape(2 * layers, D, F)
-    return leaf.reshape(layers, D, -1) if module == "qkv_proj" else leaf.reshape(layers, -1, D)
+        return leaf.reshape(2 * layers, F, -1)
+    if name == "lora_b":
+        return leaf.reshape(layers, -1, leaf.shape[-1])
+    return leaf.reshape(layers, -1, D) if module == "qkv_proj" else leaf.reshape(layers, D, -1)
 
 
 @pytest.mark.parametrize("tree", [PARAMS, ADAPTERS], ids=["weights", "adapters"])

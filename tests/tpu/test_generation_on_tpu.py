@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from reference import config_values, hf_weights, params_of, tokens
+from reference import on_mesh as laid_out
 
 import phi3_jax as phi3
 from phi3_jax.generation.beam import beam_loop
@@ -37,10 +38,12 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_loop_compiles(tpu_mesh, way):
-    """The state is made here, on CPU, and only its shapes go to the compiler."""
+    """The state is made on a mesh of one CPU device, and only its shapes go to the compiler."""
     case = "longrope_window"
     config = phi3.Phi3Config(**config_values(case))
+    alone = phi3.make_mesh(devices=jax.devices("cpu")[:1])
     model, params = phi3.Phi3ForCausalLM(config), params_of(config, hf_weights(config, case))
+    model, params = laid_out(model, params, alone)
     assistant = {"assistant": (model, params)} if way == "draft" else {}
     asked = dict(max_new_tokens=9, pad_token_id=0, **WAYS[way], **assistant)
     request = prepare(model, params, tokens(2, 7), **asked)

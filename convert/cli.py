@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,17 +17,47 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="A model folder, or the id of one on the hub.")]
 Target = Annotated[str, typer.Argument(help="The new folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or nf4 for the matrices, for inference: half or a quarter of the bytes of 16-bit "
+        "weights. What that changes is measured and printed, with one model in memory at a time."
+    ),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="A UTF-8 file to measure that on; its first 256 tokens count."),
+]
 
 
 @app.command("to-orbax")
-def _to_orbax(source: Source, target: Target, force: Force = False) -> None:
+def _to_orbax(
+    source: Source,
+    target: Target,
+    force: Force = False,
+    quantize: Quantize = None,
+    text: Text = None,
+) -> None:
     """Turn a Hugging Face folder into one with an Orbax checkpoint."""
     from convert.progress import progress_bar
     from convert.to_orbax import to_orbax
 
+    if text is not None and quantize is None:
+        raise ValueError(
+            "--text is what --quantize is measured on; it needs --quantize int8 or nf4"
+        )
+    words = None if text is None else text.read_text(encoding="utf-8")  # before what takes long
     with progress_bar("to Orbax") as report:
-        to_orbax(source, target, force, report)
+        to_orbax(source, target, force, report, quantize)
     print(f"wrote {target}")
+    if quantize is not None:
+        from convert.quantization_error import TEXT, quantization_error
+
+        try:
+            error = quantization_error(source, target, TEXT if words is None else words)
+            print(f"{quantize} {error}")
+        except ValueError as reason:  # the folder is there all the same
+            print(f"{quantize}: what it changes was not measured: {reason}")
 
 
 @app.command("to-hf")

@@ -22,6 +22,7 @@ def inspect_folder(source: str | Path) -> tuple[str, list[str]]:
     folder = find_folder(source)
     kind = folder_kind(folder)
     problems: list[str] = []
+    quantized = None
     if kind == "hf":
         files = SafetensorsFolder(folder)
         problems += files.problems
@@ -33,10 +34,11 @@ def inspect_folder(source: str | Path) -> tuple[str, list[str]]:
         # Not at the top: a look at safetensors need not wait for JAX.
         from phi3_jax.orbax_format import leaf_of, open_arrays
 
-        arrays, problems = open_arrays(folder)
+        arrays, quantized, problems = open_arrays(folder)
         leaves = {".".join(path): leaf_of(array) for path, array in arrays.items()}
         rows = [(name, *leaf, leaf.nbytes) for name, leaf in leaves.items()]
-    lines = [f"{folder}: {'safetensors' if kind == 'hf' else 'converted (Orbax)'}", ""]
+    what = "safetensors" if kind == "hf" else "converted (Orbax)"
+    lines = [f"{folder}: {what}{f', quantised ({quantized})' if quantized else ''}", ""]
     cells = [(name, str(list(shape)), str(dtype), f"{size:,}") for name, shape, dtype, size in rows]
     widths = [max((len(row[column]) for row in cells), default=0) for column in range(4)]
     for name, shape, dtype, size in cells:

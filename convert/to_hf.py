@@ -24,7 +24,7 @@ def to_hf(
     Raises:
       FileExistsError: where the target exists, without force.
       ValueError: before anything is written, where the source's weights are not those of its
-        config.
+        config, or are quantised.
     """
     folder = find_folder(source)
     if folder_kind(folder) != "orbax":
@@ -32,6 +32,11 @@ def to_hf(
     check_apart(folder, target)
     weights = OrbaxWeights(folder, Phi3Config.from_pretrained(folder))
     table = weights.table
+    if table.quantized is not None:
+        raise ValueError(
+            f"{str(source)!r} is quantised ({table.quantized}), which safetensors of this model "
+            "have no form for; convert the original weights"
+        )
     total = sum(leaf.nbytes for leaf in weights.leaves.values())
     done = 0
     with staged_folder(target, force) as stage:

@@ -25,6 +25,7 @@ from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.hf_format import Head, HFWeights, LeafPath, WeightTable, raise_problems
 from phi3_jax.load_leaves import Weights, load_leaves, ranges_of, stored_part
 from phi3_jax.model import Model, Phi3ForCausalLM, Phi3Model
+from phi3_jax.quantized import is_quantized
 from phi3_jax.processes import by_all, staged_by_all
 from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsWriter
 from phi3_jax.sharding import abstract_params, default_device, init_params, plain_tree
@@ -78,7 +79,8 @@ def from_pretrained(
         model computes is no part of its config: `model.clone(attn_implementation=..., remat=...)`.
 
     Returns:
-      The module, with its `generation_config` from the folder, and the nested dict of parameters.
+      The module, with its `generation_config` from the folder, and the nested dict of parameters;
+      matrices that are quantised there are QuantizedWeight, with scales of the dtype.
 
     Raises:
       FileNotFoundError: where there is no such folder, or no config.json in it.
@@ -91,7 +93,7 @@ def from_pretrained(
     folder = find_folder(folder)
     config = Phi3Config.from_pretrained(folder, **config_overrides)
     weights = open_weights(folder, config)
-    kind = weights.leaves[weights.table.embedding].dtype if dtype is None else _float_dtype(dtype)
+    kind = weights.dtype(weights.table.embedding) if dtype is None else _float_dtype(dtype)
     model = model_class(
         config,
         dtype=kind,
@@ -101,13 +103,12 @@ def from_pretrained(
     )
     leaves = _expected(model)
     places = {name: _stored_path(name, model, weights.table) for name in leaves}
-    missing = [name for name, path in places.items() if path not in weights.leaves]
-    _check_head(folder, model, places, weights)
+    kinds = {name: weights.dtype(path) for name, path in places.items()}
+    missing = [name for name, stored in kinds.items() if stored is None]
+    _check_head(folder, model, kinds, weights)
     targets = {
         places[name]: jax.ShapeDtypeStruct(
-            leaf.shape,
-            weights.leaves[places[name]].dtype if dtype is None else kind,
-            sharding=leaf.sharding,
+            leaf.shape, kinds[name] if dtype is None else kind, sharding=leaf.sharding
         )
         for name, leaf in leaves.items()
         if name not in missing
@@ -139,16 +140,19 @@ def _stored_path(name: LeafPath, model: nn.Module, table: WeightTable) -> LeafPa
 
 
 def _check_head(
-    folder: Path, model: nn.Module, places: Mapping[LeafPath, LeafPath], weights: Weights
+    folder: Path,
+    model: nn.Module,
+    stored: Mapping[LeafPath, np.dtype | None],
+    weights: Weights,
 ) -> None:
     """Only a classifier's head may be new, and a classifier may not lose half of a stored one."""
     problems = [
         f"{'.'.join(name)}: missing"
-        for name, path in places.items()
-        if path not in weights.leaves and name[0] != "score"
+        for name, dtype in stored.items()
+        if dtype is None and name[0] != "score"
     ]
     if weights.table.head == "score_bias":
-        if ("score", "weight") in places and ("score", "bias") not in places:
+        if ("score", "weight") in stored and ("score", "bias") not in stored:
             problems.append("score.bias: unexpected, the model has a head without it")
     raise_problems(f"{type(model).__name__} from the weights in {str(folder)!r}", problems)
 
@@ -259,6 +263,11 @@ def _check_params(
     table = _table(model)
     padded = {path: leaf.shape for path, leaf in _expected(model).items()}
     arrays = flatten_dict(plain_tree(params))
+    if some := [path for path, leaf in arrays.items() if is_quantized(leaf)]:
+        raise ValueError(
+            f"the parameters to save are quantised ({'.'.join(some[0])}); what is saved is floats: "
+            "copy the folder that they came from, or save the original weights"
+        )
     leaves = {
         path: Leaf(
             table.shape(path) if array.shape == padded.get(path) else tuple(array.shape),

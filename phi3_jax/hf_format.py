@@ -36,12 +36,14 @@ class Weight:
         letters one by one, in the same order.
       path: where the weight is in our tree.
       fused_qkv: HF has all queries, then all keys, then all values, where we have them by group.
+      integers: the dtype of the values of a quantised weight; None for floats.
     """
 
     hf_name: str
     hf_axes: tuple[str, ...]
     path: LeafPath
     fused_qkv: bool = False
+    integers: np.dtype | None = None
 
     @property
     def axes(self) -> str:
@@ -74,13 +76,51 @@ HEAD_WEIGHTS: dict[Head, tuple[Weight, ...]] = {
     "none": (),
 }
 
+# What converted folders hold in 8 or 4 bits where they are quantised: the matrices that a token is
+# multiplied with. The letters of what is smaller there are those of `WeightTable.sizes`.
+QUANTIZATIONS = ("int8", "nf4")
+QUANTIZED = {row.path: row for row in (*LAYER_WEIGHTS, LM_HEAD) if len(row.hf_axes) == 2}
+_PAIRS, _TILES = {"D": "d", "F": "f", "H": "h"}, {"D": "x", "F": "y", "H": "z"}
+_MAX_TILE = 64  # the most inputs that share a scale in nf4
+
+
+def tile_of(inputs: int) -> int:
+    """How many inputs share a scale in nf4: the largest divisor of their number that is at most 64.
+
+    64 as in QLoRA (arXiv:2305.14314).
+    """
+    return next(tile for tile in range(_MAX_TILE, 0, -1) if inputs % tile == 0)
+
+
 # Buffers that old checkpoints carry; they follow from the config.
 DROPPED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
+def quantized_rows(row: Weight, kind: str) -> tuple[Weight, Weight]:
+    """The rows of a weight's values and scales, for "int8" or "nf4"."""
+    outputs, inputs = row.hf_axes
+    if kind == "int8":
+        values, scales, dtype = inputs, "1" * len(inputs), np.int8
+    else:
+        values, scales = (inputs[:-1] + small[inputs[-1]] for small in (_PAIRS, _TILES))
+        dtype = np.uint8
+    parts = (("values", values, np.dtype(dtype)), ("scales", scales, None))
+    whole, letters = replace(row, fused_qkv=False), tuple(outputs)
+    return tuple(
+        replace(
+            whole,
+            hf_name=f"{row.hf_name}.{name}",
+            hf_axes=(*letters, *axes),
+            path=(*row.path, name),
+            integers=integers,
+        )
+        for name, axes, integers in parts
+    )  # ty: ignore[invalid-return-type]
+
+
 def head_of(names: Iterable[str]) -> Head:
     """What the names of weights, HF's or of our leaves, say of the head; "lm_head" if nothing."""
-    names = set(names)
+    names = {re.sub(r"\.(values|scales)$", "", name) for name in names}
     if SCORE_BIAS.hf_name in names:
         return "score_bias"
     if SCORE.hf_name in names:
@@ -95,13 +135,15 @@ class WeightTable:
 
     Attributes:
       head: which head the model has; a tied "lm_head" has no row.
+      quantized: the kind of the QUANTIZED weights, "int8" or "nf4", each of which has two rows, or
+        None for floats.
       weights: path -> row.
       parts: (path, layer) of every HF tensor, in the order of the model; layer is None outside
         the layers.
     """
 
-    def __init__(self, config: Phi3Config, head: Head = "lm_head"):
-        self.head = head
+    def __init__(self, config: Phi3Config, head: Head = "lm_head", quantized: str | None = None):
+        self.head, self.quantized = head, quantized
         groups = config.num_key_value_heads
         heads = config.num_attention_heads // groups
         self.sizes = {
@@ -115,10 +157,15 @@ class WeightTable:
             "C": heads + 2,
             "n": config.num_labels,
             "2": 2,
+            "1": 1,
         }
+        for letter, pair in _PAIRS.items():
+            size = self.sizes[letter]
+            self.sizes |= {pair: -(-size // 2), _TILES[letter]: size // tile_of(size)}
+        self._last: dict[LeafPath, int] = {}  # sizes of quantised weights, of the last dimension
         tied = head == "lm_head" and config.tie_word_embeddings
-        first, layers = [self._row(EMBEDDING)], [self._row(row) for row in LAYER_WEIGHTS]
-        last = [self._row(FINAL_NORM), *(() if tied else HEAD_WEIGHTS[head])]
+        first, layers = self._rows([EMBEDDING]), self._rows(LAYER_WEIGHTS)
+        last = self._rows([FINAL_NORM, *(() if tied else HEAD_WEIGHTS[head])])
         self.weights = {row.path: row for row in (*first, *layers, *last)}
         self.parts: list[tuple[LeafPath, int | None]] = [
             *((row.path, None) for row in first),
@@ -126,10 +173,30 @@ class WeightTable:
             *((row.path, None) for row in last),
         ]
 
+    def _rows(self, rows: Iterable[Weight]) -> list[Weight]:
+        """With the names that this model has, and two for each weight that is quantised."""
+        own = []
+        for row in rows:
+            kind = self.quantized if row.path in QUANTIZED else None
+            own += [row] if kind is None else quantized_rows(row, kind)
+            if kind is not None:
+                self._last[self._row(row).path] = self.sizes[row.axes[-1]]
+        return [self._row(row) for row in own]
+
     def _row(self, row: Weight) -> Weight:
         if self.head != "none":
             return row
         return replace(row, hf_name=row.hf_name.removeprefix("model."), path=row.path[1:])
+
+    def stored(self, path: LeafPath) -> tuple[LeafPath, ...]:
+        """Where a weight of the model is: at its path, or in values and scales below it."""
+        below = ((*path, "values"), (*path, "scales"))
+        return below if below[0] in self.weights else (path,)
+
+    def tile(self, path: LeafPath) -> int:
+        """How many inputs along the last dimension of a quantised weight share a scale."""
+        last = self._last[path]
+        return last if self.quantized == "int8" else tile_of(last)
 
     @property
     def embedding(self) -> LeafPath:
@@ -173,7 +240,9 @@ class WeightTable:
                 lines.append(f"{name}: missing")
             elif leaf.shape != shape:
                 lines.append(f"{name}: shape {leaf.shape}, the config makes it {shape}")
-            elif leaf.dtype not in DTYPES.values():
+            elif (known := self.weights[path].integers) is not None and leaf.dtype != known:
+                lines.append(f"{name}: dtype {leaf.dtype}, must be {known}")
+            elif known is None and leaf.dtype not in DTYPES.values():
                 lines.append(f"{name}: dtype {leaf.dtype}, must be one of {', '.join(DTYPES)}")
         return lines + sorted(
             f"{'.'.join(path)}: unexpected" for path in leaves.keys() - self.weights.keys()
@@ -209,12 +278,25 @@ class WeightTable:
         return [*array[:, :-2], *array[:, -2], *array[:, -1]]
 
 
-class HFWeights:
-    """The weights in an HF folder, checked against its config and read a layer at a time.
+class Stored:
+    """What the weights of both kinds of folders have in common.
 
     Attributes:
-      table: the WeightTable of the config, with the head that the tensors' names say.
+      table: the WeightTable of the config, with the head that the names of the weights say.
       leaves: path -> Leaf of our tree.
+    """
+
+    table: WeightTable
+    leaves: dict[LeafPath, Leaf]
+
+    def dtype(self, path: LeafPath) -> np.dtype | None:
+        """That of a weight, of its scales where it is quantised; None where it is not there."""
+        leaf = self.leaves.get(self.table.stored(path)[-1])
+        return None if leaf is None else leaf.dtype
+
+
+class HFWeights(Stored):
+    """The weights in an HF folder, checked against its config and read a layer at a time.
 
     Raises:
       ValueError: with all that is missing, unexpected, mis-shaped or broken, in one message.
@@ -224,7 +306,7 @@ class HFWeights:
         self._files = SafetensorsFolder(folder)
         names = self._files.entries.keys() | self._files.unreadable
         self.table = WeightTable(config, head_of(names))
-        self.leaves: dict[LeafPath, Leaf] = {}
+        self.leaves = {}
         problems = list(self._files.problems)
         found = {n: e for n, e in self._files.entries.items() if not DROPPED.fullmatch(n)}
         if config.tie_word_embeddings and found.pop(LM_HEAD.hf_name, None):

@@ -6,7 +6,6 @@ dimensions: outputs first, inputs last. The fused ones keep their parts on an ax
 cutting the parts apart moves nothing between devices.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,8 @@ from phi3_jax.attention import Visible, attend
 from phi3_jax.attention_kernels import SAVED_NAME
 from phi3_jax.config import Phi3Config
 from phi3_jax.gather import gathered
+from phi3_jax.products import product
+from phi3_jax.quantized import is_quantized
 from phi3_jax.rope import apply_rope
 from phi3_jax.sharding import Names, constrain, padded_shape
 from phi3_jax.slots import LayerSlots, apart
@@ -106,14 +107,15 @@ class Part(nn.Module):
         """A parameter with logical axis names, padded with zeros as the mesh needs it."""
         whole = padded_shape(names, shape, self.mesh)
         self._check_shape(name, whole)
+        given = self.get_variable("params", name)
+        if is_quantized(given):
+            return given  # laid out already, and without a gradient
         padding = [(0, b - a) for a, b in zip(shape, whole, strict=True)]
         padded = lambda key, shape, dtype: jnp.pad(init(key, shape, dtype), padding)  # noqa: E731
         boxed = nn.with_logical_partitioning(padded, names)
         # The gradient gets this layout too; on its own it could be whole on every device.
         leaf: Any = self.param(name, boxed, shape, self.param_dtype)
-        # A quantised one is a tree of arrays, laid out already, and has no gradient.
-        is_array = jax.tree_util.all_leaves([leaf])
-        return constrain(leaf, *names, mesh=self.mesh) if is_array else leaf
+        return constrain(leaf, *names, mesh=self.mesh)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Parameters made for one mesh do not serve another one that pads otherwise."""
@@ -134,31 +136,6 @@ class Part(nn.Module):
     def laid_out(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream: rows and their tokens over the mesh, whole in its width."""
         return constrain(x_BTD, "batch", "tokens", None, mesh=self.mesh)
-
-
-def product(equation: str, x: jax.Array, weight: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """einsum of activations [B, T, *in] and a weight [*out, *in], both of one dtype.
-
-    XLA's CPU compiler copies a weight of more than two dimensions into another order, and widens a
-    16-bit one at each call, unless the result is float32 and there are two rows at least (jax
-    0.10.2): on one CPU it gets what it takes as it is.
-    """
-    plain = partial(jnp.einsum, equation)
-    if mesh is not None:
-        return plain(x, weight)
-
-    def as_matrices(x, weight):
-        rows = x.reshape(-1, math.prod(x.shape[2:]))
-        alone = len(rows) == 1 and x.dtype.itemsize == 2
-        rows = jnp.pad(rows, ((0, alone), (0, 0)))
-        matrix = weight.reshape(-1, rows.shape[1])
-        last = (((1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(rows, matrix, last, preferred_element_type=jnp.float32)
-        outputs = weight.shape[: weight.ndim - x.ndim + 2]
-        y = y[: len(y) - alone].reshape(*x.shape[:2], *outputs)
-        return y.astype(x.dtype)
-
-    return jax.lax.platform_dependent(x, weight, cpu=as_matrices, default=plain)
 
 
 class RMSNorm(Part):
@@ -211,8 +188,8 @@ class Projection(Part, kw_only=True):
     def _product(self, x: jax.Array, weight: Any) -> jax.Array:
         """W x."""
         multiply = partial(product, self.equation, mesh=self.mesh)
-        if not isinstance(weight, jax.Array):
-            return multiply(x, weight.astype(self.dtype))  # a quantised one
+        if is_quantized(weight):
+            return multiply(x, weight)
         tokens = x.shape[0] * x.shape[1]
         width = x.size // tokens
         if tokens * (width + weight.size // width) < weight.size:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax.hf_format import HFWeights, LeafPath
+from phi3_jax.quantized import QuantizedWeight, placed
 from phi3_jax.read_ahead import read_ahead
 
 if TYPE_CHECKING:
@@ -43,8 +44,52 @@ def stored_part(ranges: Ranges, shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def load_leaves(
     weights: Weights, targets: Mapping[LeafPath, jax.ShapeDtypeStruct]
+) -> dict[LeafPath, Any]:
+    """The leaves of these padded shapes, dtypes and shardings, read layer by layer.
+
+    A weight that is quantised in the folder is a QuantizedWeight, with scales of the dtype.
+    """
+    table, parts, wanted = weights.table, {}, {}
+    for path, target in targets.items():
+        parts[path] = {path: target}
+        if table.stored(path) != (path,):
+            parts[path] = _quantized_targets(weights, path, target)
+        wanted |= parts[path]
+    arrays = _load_arrays(weights, wanted)
+    loaded: dict[LeafPath, Any] = {}
+    for path, own in parts.items():
+        values, *scales = (arrays[part] for part in own)
+        if scales:
+            last, kind = targets[path].shape[-1], str(table.quantized)
+            loaded[path] = QuantizedWeight(values, *scales, kind, last, table.tile(path))
+        else:
+            loaded[path] = values
+    return loaded
+
+
+def _quantized_targets(
+    weights: Weights, path: LeafPath, target: jax.ShapeDtypeStruct
+) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+    """Values and scales of a weight with this target."""
+    values, scales = weights.table.stored(path)
+    outer, last = target.shape[:-1], target.shape[-1]
+    if weights.table.quantized == "int8":
+        inputs = weights.table.weights[scales].axes.count("1")
+        shapes = [target.shape, (*target.shape[:-inputs], *[1] * inputs)]
+    else:
+        shapes = [(*outer, -(-last // 2)), (*outer, -(-last // weights.table.tile(path)))]
+    return {
+        part: jax.ShapeDtypeStruct(shape, dtype, sharding=placed(target.sharding, shape))
+        for part, shape, dtype in zip(
+            (values, scales), shapes, (weights.leaves[values].dtype, target.dtype), strict=True
+        )
+    }
+
+
+def _load_arrays(
+    weights: Weights, targets: Mapping[LeafPath, jax.ShapeDtypeStruct]
 ) -> dict[LeafPath, jax.Array]:
-    """The leaves of these padded shapes, dtypes and shardings, read layer by layer."""
+    """`load_leaves` of what is stored as it is in memory."""
     devices = {device for target in targets.values() for device in target.sharding.device_set}
     if len(devices) == 1 and devices.pop().platform == "cpu":
         return _load_in_place(weights, targets)

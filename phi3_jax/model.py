@@ -30,10 +30,11 @@ from phi3_jax.layers import (
     Part,
     RMSNorm,
     VocabTable,
-    product,
 )
 from phi3_jax.loss import causal_lm_loss
 from phi3_jax.outputs import BaseModelOutput, CausalLMOutput, attentions_of
+from phi3_jax.products import product
+from phi3_jax.quantized import is_quantized
 from phi3_jax.rope import RopeTables, rope_cos_sin, rope_tables, rows_are_long
 from phi3_jax.sharding import constrain, default_device
 
@@ -353,7 +354,7 @@ class Phi3ForCausalLM(Model):
                 )
             loss = causal_lm_loss(
                 hidden_BTD,
-                table.weight,
+                table.weight.astype(self.dtype) if is_quantized(table.weight) else table.weight,
                 jnp.asarray(labels, jnp.int32),
                 config.vocab_size,
                 document_BT=None if segment_ids is None else inputs.segment_BT,
@@ -362,7 +363,8 @@ class Phi3ForCausalLM(Model):
             )
         kept = _kept_tokens(hidden_BTD, logits_to_keep)
         rows = kept if kept.ndim == 3 else kept[None]
-        logits = product("BTD,VD->BTV", rows, table.weight.astype(kept.dtype), self.mesh)
+        weight = table.weight if is_quantized(table.weight) else table.weight.astype(kept.dtype)
+        logits = product("BTD,VD->BTV", rows, weight, self.mesh)
         logits = logits.reshape(*kept.shape[:-1], -1)
         out = CausalLMOutput(
             loss, logits[..., : config.vocab_size], out.cache, out.hidden_states, out.attentions

@@ -21,10 +21,17 @@ from orbax.checkpoint import v1 as orbax
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import PARAMS_FOLDER
-from phi3_jax.hf_format import LeafPath, WeightTable, head_of, raise_problems
+from phi3_jax.hf_format import (
+    QUANTIZATIONS,
+    LeafPath,
+    Stored,
+    WeightTable,
+    head_of,
+    raise_problems,
+)
 from phi3_jax.safetensors_files import Leaf
 
-# Kept in the checkpoint; a reader of another version refuses it.
+# Kept in the checkpoint, with "quantized" where it is; a reader of another version refuses it.
 _FORMAT: dict[str, Any] = {"format": "phi3-jax", "format_version": 2}
 
 # Of layers that are being written while the next ones come.
@@ -57,7 +64,8 @@ def create_arrays(folder: Path, table: WeightTable, leaves: Mapping[LeafPath, Le
     """
     params_folder = (folder / PARAMS_FOLDER).absolute()
     placeholders = {path: np.zeros((1,), leaf.dtype) for path, leaf in leaves.items()}
-    orbax.save(str(params_folder), unflatten_dict(placeholders), custom_metadata=_FORMAT)
+    kind = {} if table.quantized is None else {"quantized": table.quantized}
+    orbax.save(str(params_folder), unflatten_dict(placeholders), custom_metadata=_FORMAT | kind)
     if jax.process_index() == 0:
         for path, leaf in leaves.items():
             tensorstore.open(
@@ -129,16 +137,18 @@ def _chunk_shape(axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if axes in ("D", "LD"):
         return shape
     pieces = {"L": shape[0]} | {
-        axis: math.gcd(size, 8) for axis, size in zip(axes, shape, strict=True) if axis in "DKFV"
+        axis: math.gcd(size, 8) for axis, size in zip(axes, shape, strict=True) if axis in "DKFVdf"
     }
     return tuple(size // pieces.get(axis, 1) for axis, size in zip(axes, shape, strict=True))
 
 
-def open_arrays(folder: Path) -> tuple[dict[LeafPath, tensorstore.TensorStore], list[str]]:
+def open_arrays(
+    folder: Path,
+) -> tuple[dict[LeafPath, tensorstore.TensorStore], str | None, list[str]]:
     """The arrays in a converted folder, of a whole model or not; no data is read.
 
     Returns:
-      path -> array, and one line for each that cannot be opened.
+      path -> array, the kind of what is quantised, and one line for each that cannot be opened.
 
     Raises:
       ValueError: where it is no checkpoint, or one of another format or version.
@@ -150,10 +160,13 @@ def open_arrays(folder: Path) -> tuple[dict[LeafPath, tensorstore.TensorStore], 
         keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(params_folder)!r} is not a checkpoint: {_brief(error)}") from error
-    if written != _FORMAT:
+    quantized = written.get("quantized")
+    known = quantized in (None, *QUANTIZATIONS)
+    if not known or written | {"quantized": None} != _FORMAT | {"quantized": None}:
         raise ValueError(
             f"{str(params_folder)!r} has the format {written}, this version of the library reads "
-            f"{_FORMAT}; convert the original weights again"
+            f"{_FORMAT}, quantised or not ({', '.join(QUANTIZATIONS)}); convert the original "
+            "weights again"
         )
     arrays, problems = {}, []
     for key in keys:
@@ -164,7 +177,7 @@ def open_arrays(folder: Path) -> tuple[dict[LeafPath, tensorstore.TensorStore], 
                 arrays[tuple(name.split("."))] = array
             except ValueError as error:
                 problems.append(f"{name}: {_brief(error)}")
-    return arrays, problems
+    return arrays, quantized, problems
 
 
 def _brief(error: Exception) -> str:
@@ -177,12 +190,8 @@ def leaf_of(array: tensorstore.TensorStore) -> Leaf:
     return Leaf(tuple(array.shape), array.dtype.numpy_dtype)
 
 
-class OrbaxWeights:
+class OrbaxWeights(Stored):
     """The weights in a converted folder, checked against its config and read a layer at a time.
-
-    Attributes:
-      table: the WeightTable of the config, with the head that the leaves' names say.
-      leaves: path -> Leaf of our tree.
 
     Raises:
       ValueError: with all that is missing, unexpected, mis-shaped or broken, in one message.
@@ -190,8 +199,9 @@ class OrbaxWeights:
 
     def __init__(self, folder: Path, config: Phi3Config):
         self._folder = folder
-        self._arrays, problems = open_arrays(folder)
-        self.table = WeightTable(config, head_of(".".join(path) for path in self._arrays))
+        self._arrays, quantized, problems = open_arrays(folder)
+        head = head_of(".".join(path) for path in self._arrays)
+        self.table = WeightTable(config, head, quantized)
         self.leaves = {path: leaf_of(array) for path, array in self._arrays.items()}
         # What is there and does not open is not missing besides.
         differences = [] if problems else self.table.differences(self.leaves)

@@ -8,6 +8,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
+from phi3_jax.quantized import is_quantized
 from phi3_jax.sharding import plain_tree
 
 _LAYERS = ("model", "layers")
@@ -35,7 +36,7 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       The tree with model.layers.0, model.layers.1, ... in place of model.layers, and with a 16-bit
-      embedding's bits beside it.
+      embedding's bits beside it. Weights of 8 bits are multiplied as integers.
     """
     if "0" in params["model"]["layers"]:
         return dict(params)
@@ -51,6 +52,9 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
             own = jax.device_put([view[layer] for view in views], jax.tree.leaves(leaf)[0].sharding)
             place = (*_LAYERS, str(layer), *path[2:])
             split[place] = jax.tree.unflatten(jax.tree.structure(leaf), own)
+    for path, leaf in split.items():
+        if is_quantized(leaf):
+            split[path] = leaf.replace(in_integers=True)
     table = leaves[*_TABLE, "weight"]
     if table.dtype.itemsize == 2:
         split[*_TABLE, BITS] = jax.device_put(np.asarray(table).view(np.uint16), table.sharding)

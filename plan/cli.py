@@ -300,7 +300,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        lacks = isinstance(error, ModuleNotFoundError) and error.name in ("optax", "qwix")
+        lacks = isinstance(error, ModuleNotFoundError) and error.name == "optax"
         if not (_is_ours(error) or lacks or isinstance(error, OSError)):
             raise
         hint = "; pip install 'phi3-jax[plan]'" if lacks else ""

@@ -10,7 +10,6 @@ import phi3_jax as phi3
 from phi3_jax.cache import KVCache
 from phi3_jax.generation import decoding
 from phi3_jax.generation.prepare import prepare
-from phi3_jax.layers import product
 from phi3_jax.sharding import init_params
 from phi3_jax.split_layers import decodes_split, split_layers
 
@@ -113,22 +112,6 @@ def test_a_loop_copies_neither_weights_nor_cache(dtype, batch):
     assert memory.temp_size_in_bytes < min(slots, weight), (slots, weight)
     cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
     assert memory.alias_size_in_bytes >= cache
-
-
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3)])
-@pytest.mark.parametrize("equation", ["BTD,KCD->BTKC", "BTKC,DKC->BTD", "BTD,VD->BTV"])
-def test_products_of_narrow_floats(rows, equation):
-    """As an einsum with a sum in float32, also of the single row that is padded."""
-    rng, sizes = np.random.default_rng(0), dict(B=rows[0], T=rows[1], D=24, K=2, C=5, V=7)
-    left, right, _ = equation.replace("->", ",").split(",")
-    make = lambda axes: jnp.asarray(  # noqa: E731
-        rng.normal(size=[sizes[axis] for axis in axes]), jnp.bfloat16
-    )
-    x, weight = make(left), make(right)
-    ours = jax.jit(lambda x, weight: product(equation, x, weight, None))(x, weight)
-    assert ours.dtype == jnp.bfloat16
-    wanted = jnp.einsum(equation, x.astype(jnp.float32), weight.astype(jnp.float32))
-    np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=8e-3, atol=1e-2)
 
 
 def test_training_refuses_split_parameters():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import phi3_jax as phi3
 from phi3_jax.folder import find_folder
+from phi3_jax.quantized import is_quantized
 from phi3_jax.sharding import abstract_params
 from train.config import ModelConfig, TrainConfig
 from train.lora import abstract_adapters, attach, init_adapters
@@ -173,6 +174,14 @@ class Setup:
         if params is None:
             _, params = phi3.from_pretrained(source, dtype=dtype, mesh=self.mesh)
         check_finite(params, str(source))
+        quantized = any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
+        if quantized and (lora is None or lora.quantize is not None):
+            way_out = (
+                "train adapters on it (lora.rank=...), or its original weights"
+                if lora is None
+                else "leave lora.quantize out"
+            )
+            raise ValueError(f"model.path {str(source)!r} holds quantised weights; {way_out}")
         if lora is not None:
             bits = fingerprint(params)
             if lora.quantize is not None:
@@ -278,7 +287,10 @@ def check_finite(params: Tree, what: str) -> None:
       ValueError: with the names of their leaves.
     """
     finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(params)
-    if bad := [".".join(path) for path, fine in flatten_dict(finite).items() if not fine]:
+    found = jax.tree_util.tree_leaves_with_path(finite)
+    if bad := [
+        jax.tree_util.keystr(p, simple=True, separator=".") for p, fine in found if not fine
+    ]:
         raise ValueError(
             f"weights of {what!r} are NaN or infinite: {', '.join(bad)}; nothing can be learnt "
             "from them"
@@ -289,7 +301,7 @@ def fingerprint(params: Tree) -> int:
     """A number that changes with the bits of the weights, the same on every mesh."""
 
     def bits(leaf: jax.Array) -> jax.Array:
-        unsigned = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
 
     def total(leaves: list[jax.Array]) -> jax.Array:

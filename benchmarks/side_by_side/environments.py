@@ -121,7 +121,9 @@ def make_llama(folder: Path) -> None:
         subprocess.run([str(python), "-c", "import llama_cpp"], check=True, capture_output=True)
     except subprocess.CalledProcessError:
         cores = str(os.cpu_count() or 1)
-        build = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": cores}
+        # Without the part for images, which is most of what there is to compile.
+        options = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
+        build = {"CMAKE_ARGS": options, "CMAKE_BUILD_PARALLEL_LEVEL": cores}
         run([*pip, "install", "-q", source], **build)
     for kind in GGUF_TYPES:
         make_gguf(folder, source / "vendor" / "llama.cpp", kind)

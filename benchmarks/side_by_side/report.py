@@ -103,6 +103,14 @@ GOALS = (
         relative=False,
     ),
     Goal("peak RSS, bfloat16, GB", "rss_gb", ("phi3-bf16",), ("bf16",), 1.0, relative=False),
+    Goal(
+        "- of it, until one row is decoded",
+        "decode1_rss_gb",
+        ("phi3-bf16",),
+        ("bf16",),
+        1.0,
+        relative=False,
+    ),
 )
 
 Figures = dict[str, dict[str, Spread]]

@@ -1,6 +1,7 @@
 """`phi3-convert`: what it prints, and its exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,31 @@ def test_errors_are_one_message(tmp_path, monkeypatch, capsys):
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"no")
     status, out, err = run(monkeypatch, capsys, "inspect", tmp_path / "hf")
     assert status == 1 and err.startswith("problem: model.safetensors: ")
+
+
+def test_quantised(tmp_path, monkeypatch, capsys):
+    hf, small = tmp_path / "hf", tmp_path / "small"
+    write_hf_folder(hf)
+    go = lambda *arguments: run(monkeypatch, capsys, "to-orbax", hf, *arguments)  # noqa: E731
+    status, out, err = go(small, "--quantize", "int8")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(
+        rf"wrote {re.escape(str(small))}\nint8 on 256 random ids \(the folder has no tokenizer "
+        r"that can be read\): logits off by \d\.\d\d%\n",
+        out,
+    )
+    status, out, err = go(tmp_path / "new", "--quantize", "int4")
+    assert (status, err) == (1, "error: quantize is 'int4', must be one of int8, nf4\n")
+    (tmp_path / "text").write_text("A text.")
+    status, out, err = go(tmp_path / "new", "--text", tmp_path / "text")
+    assert status == 1 and err.startswith("error: --text is what --quantize is measured on")
+    missing = tmp_path / "missing"
+    status, out, err = go(tmp_path / "new", "--quantize", "nf4", "--text", missing)
+    assert status == 1 and "missing" in err and not (tmp_path / "new").exists()
+    write_hf_folder(tmp_path / "judge", head="score", num_labels=3)
+    judge = ["to-orbax", tmp_path / "judge", tmp_path / "new", "--quantize", "nf4"]
+    status, out, err = run(monkeypatch, capsys, *judge)
+    assert status == 0 and "nf4: what it changes was not measured" in out
 
 
 @pytest.mark.parametrize("arguments", [["to-orbax", "x"], ["verify", "x"], ["nonsense"]])

@@ -10,10 +10,13 @@ import safetensors.numpy
 from model_folders import SIDE_FILES, write_hf_folder, write_tensors
 
 from convert.inspect_folder import inspect_folder
+from convert.quantization_error import quantization_error
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from convert.verify import verify
+from phi3_jax.cli import EMBEDDED_MODEL
 from phi3_jax.folder import folder_kind
+from train.tiny_demo.tasks import held_out_chats
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -222,3 +225,47 @@ def test_inspect_shows_what_it_can_of_a_broken_folder(tmp_path):
     assert "model.norm.weight" in text
     assert len(problems) == 2
     assert "the file is not there" in problems[0] and "'llama'" in problems[1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_folder(tmp_path, kind):
+    """It is looked at and compared as others are, and is no way back to safetensors."""
+    write_hf_folder(tmp_path / "hf", "gqa", "BF16")
+    for name in ("one", "two"):
+        to_orbax(tmp_path / "hf", tmp_path / name, quantize=kind)
+    assert not verify(tmp_path / "one", tmp_path / "two").differences
+    found = verify(tmp_path / "hf", tmp_path / "one")
+    assert found.tensors == 8  # the norms and the embedding, bit by bit
+    assert len(found.differences) == 3 * (3 * 4 + 1)  # a weight here, values and scales there
+    text, problems = inspect_folder(tmp_path / "one")
+    assert not problems and text.splitlines()[0].endswith(f"converted (Orbax), quantised ({kind})")
+    assert "lm_head.weight.values" in text
+    for name in ("config.json", *SIDE_FILES):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    with pytest.raises(ValueError, match=rf"is quantised \({kind}\).*convert the original"):
+        to_hf(tmp_path / "one", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_quantisation_changes(tmp_path):
+    """The embedded model on the chats that it was trained for, and on text that it was not."""
+    text = "\n".join(
+        f"<|user|>\n{chat.messages[-1]['content']}<|end|>\n<|assistant|>\n{chat.answer}<|end|>"
+        for chat in held_out_chats(2)
+    )
+    found = {}
+    for kind in ("int8", "nf4"):
+        to_orbax(EMBEDDED_MODEL, tmp_path / kind, quantize=kind)
+        found[kind] = quantization_error(EMBEDDED_MODEL, tmp_path / kind, text)
+        other = quantization_error(EMBEDDED_MODEL, tmp_path / kind)
+        assert other.tokens == 256 and other.perplexity > 100 * found[kind].perplexity
+    int8, nf4 = found["int8"], found["nf4"]
+    assert int8.tokens == nf4.tokens > 200 and int8.perplexity == nf4.perplexity
+    assert 0.001 < int8.logits < 0.03 < nf4.logits < 0.4
+    assert abs(int8.quantized_perplexity / int8.perplexity - 1) < 0.02
+    assert abs(nf4.quantized_perplexity / nf4.perplexity - 1) < 0.5
+    assert re.fullmatch(
+        r"on \d+ tokens of a text: logits off by .*%, perplexity \S+ \(was \S+\)", str(int8)
+    )
+    same = quantization_error(EMBEDDED_MODEL, EMBEDDED_MODEL, text)
+    assert same.logits == 0 and same.perplexity == same.quantized_perplexity

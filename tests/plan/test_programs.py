@@ -76,7 +76,6 @@ def test_a_training_steps_arguments_are_the_compilers(small):
 
 def test_qlora_holds_few_bits_on_every_mesh(small):
     """The frozen matrices are cut as their weights are, and so are scales where they divide."""
-    pytest.importorskip("qwix")
     config = small(hidden_size=192, intermediate_size=64)
     lora = ["data.sequence_length=24", "batch_size=4", "accumulate=1"]
     page = load_config("lora_mini_4k_colab", [*lora, "lora.quantize=nf4", "mesh.fsdp=2"])

@@ -20,8 +20,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a model folder tha
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8 or nf4 for the matrices, for inference: half or a quarter of the bytes of 16-bit "
-        "weights. What that changes is measured and printed, with one model in memory at a time."
+        help="int8 or nf4 for the matrices, for inference: half or a quarter of the bytes of 16 "
+        "bits. What the model loses is measured and printed, with one model in memory at a time."
     ),
 ]
 Text = Annotated[

@@ -1,7 +1,9 @@
 """How far a quantised model is from the one that it was made of."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +83,10 @@ def quantization_error(
         ids = Tokenizer.from_pretrained(source).encode(text)[:_MOST_TOKENS]
     except (FileNotFoundError, ValueError):
         ids = None
-    found = [_logits(folder, ids) for folder in (source, quantized)]
+    found = []
+    for folder in (source, quantized):
+        found.append(_logits(folder, ids))
+        gc.collect()  # JAX lets go of a model's memory at a collection, or a call that comes later
     (wanted_TV, ids_T), (ours_TV, _) = found
     centred = [logits - logits.mean(-1, keepdims=True) for logits in (wanted_TV, ours_TV)]
     error = np.sqrt(np.mean((centred[1] - centred[0]) ** 2) / np.mean(centred[0] ** 2))
@@ -100,7 +105,8 @@ def _logits(folder: str | Path, ids: list[int] | None) -> tuple[np.ndarray, np.n
     tokens = np.array([ids], np.int32)
     if decodes_split(params):
         params = split_layers(params)
-    run = jax.jit(lambda params: model.apply({"params": params}, tokens).logits[0])
+    apply: Any = model.apply
+    run = jax.jit(lambda params: apply({"params": params}, tokens).logits[0])
     return np.asarray(run(params).astype(jnp.float32)), tokens[0]
 
 

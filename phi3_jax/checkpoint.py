@@ -25,8 +25,8 @@ from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.hf_format import Head, HFWeights, LeafPath, WeightTable, raise_problems
 from phi3_jax.load_leaves import Weights, load_leaves, ranges_of, stored_part
 from phi3_jax.model import Model, Phi3ForCausalLM, Phi3Model
-from phi3_jax.quantized import is_quantized
 from phi3_jax.processes import by_all, staged_by_all
+from phi3_jax.quantized import is_quantized
 from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsWriter
 from phi3_jax.sharding import abstract_params, default_device, init_params, plain_tree
 

@@ -104,18 +104,12 @@ def quantized_rows(row: Weight, kind: str) -> tuple[Weight, Weight]:
     else:
         values, scales = (inputs[:-1] + small[inputs[-1]] for small in (_PAIRS, _TILES))
         dtype = np.uint8
-    parts = (("values", values, np.dtype(dtype)), ("scales", scales, None))
-    whole, letters = replace(row, fused_qkv=False), tuple(outputs)
-    return tuple(
-        replace(
-            whole,
-            hf_name=f"{row.hf_name}.{name}",
-            hf_axes=(*letters, *axes),
-            path=(*row.path, name),
-            integers=integers,
-        )
-        for name, axes, integers in parts
-    )  # ty: ignore[invalid-return-type]
+
+    def part(name: str, axes: str, integers: np.dtype | None) -> Weight:
+        own = (*outputs, *axes)
+        return Weight(f"{row.hf_name}.{name}", own, (*row.path, name), integers=integers)
+
+    return part("values", values, np.dtype(dtype)), part("scales", scales, None)
 
 
 def head_of(names: Iterable[str]) -> Head:

@@ -194,6 +194,7 @@ class Projection(Part, kw_only=True):
         width = x.size // tokens
         if tokens * (width + weight.size // width) < weight.size:
             return multiply(x, weight.astype(self.dtype))  # the activations are less to send
+        weight = jnp.asarray(weight)  # a NumPy one, outside of compiled functions, has no layout
         run = lambda x, weight: multiply(  # noqa: E731
             x, gathered(weight, self.dtype, self.names, self.mesh)
         )

@@ -58,12 +58,12 @@ def load_leaves(
     arrays = _load_arrays(weights, wanted)
     loaded: dict[LeafPath, Any] = {}
     for path, own in parts.items():
-        values, *scales = (arrays[part] for part in own)
-        if scales:
-            last, kind = targets[path].shape[-1], str(table.quantized)
-            loaded[path] = QuantizedWeight(values, *scales, kind, last, table.tile(path))
-        else:
-            loaded[path] = values
+        if len(own) == 1:
+            loaded[path] = arrays[path]
+            continue
+        values, scales = (arrays[part] for part in own)
+        last, kind = targets[path].shape[-1], str(table.quantized)
+        loaded[path] = QuantizedWeight(values, scales, kind, last, table.tile(path))
     return loaded
 
 

@@ -1,5 +1,6 @@
 """The product of activations and a weight, on every platform. Letters as in model.py."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -71,7 +72,8 @@ def _when_there(weight: QuantizedWeight, x: jax.Array) -> QuantizedWeight:
     """
     first = x.ravel()[0].astype(jnp.float32)
     nothing = 0 * jnp.clip(jnp.where(jnp.isnan(first), 0, first), -1, 1)
-    return weight.replace(scales=weight.scales * (1 + nothing).astype(weight.scales.dtype))
+    scales = weight.scales * (1 + nothing).astype(weight.scales.dtype)
+    return dataclasses.replace(weight, scales=scales)
 
 
 def _of_outputs(weight: QuantizedWeight, y: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Parameters with each layer by itself, for decoding on a CPU."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
             split[place] = jax.tree.unflatten(jax.tree.structure(leaf), own)
     for path, leaf in split.items():
         if is_quantized(leaf):
-            split[path] = leaf.replace(in_integers=True)
+            split[path] = dataclasses.replace(leaf, in_integers=True)
     table = leaves[*_TABLE, "weight"]
     if table.dtype.itemsize == 2:
         split[*_TABLE, BITS] = jax.device_put(np.asarray(table).view(np.uint16), table.sharding)

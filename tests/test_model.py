@@ -177,7 +177,9 @@ def test_logits_to_keep():
     model, params = model_and_params("gqa")
     ids = tokens(2, 7)
     whole = forward(model, params, ids).logits
-    np.testing.assert_allclose(forward(model, params, ids, logits_to_keep=2).logits, whole[:, 5:])
+    # Other numbers of rows are other products to a CPU, which end in other bits.
+    some = forward(model, params, ids, logits_to_keep=2).logits
+    np.testing.assert_allclose(some, whole[:, 5:], rtol=0, atol=1e-5)
     assert forward(model, params, ids, logits_to_keep=9).logits.shape == whole.shape
     columns = jnp.array([4, 1])
     np.testing.assert_allclose(
@@ -187,7 +189,7 @@ def test_logits_to_keep():
         out = forward(model, params, ids, logits_to_keep=same)
         np.testing.assert_allclose(out.logits, whole[:, [4, 1]], atol=1e-6)
     out = forward(model, params, ids, logits_to_keep=np.int64(2))
-    np.testing.assert_allclose(out.logits, whole[:, 5:])
+    np.testing.assert_allclose(out.logits, whole[:, 5:], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="logits_to_keep=0"):
         forward(model, params, ids, labels=ids, logits_to_keep=2)
 

@@ -181,7 +181,9 @@ def test_generation(tmp_path, kind):
     run = jax.jit(lambda ids: model.apply({"params": split}, ids).logits)
     for step in range(6):
         logits = run(found.sequences[:, : 5 + step])[:, -1]
-        np.testing.assert_allclose(found.logits[step], logits, rtol=0, atol=2e-4)
+        # 15 bits of each input: a little less than float32.
+        atol = 1e-3 if kind == "int8" else 2e-4
+        np.testing.assert_allclose(found.logits[step], logits, rtol=0, atol=atol)
         np.testing.assert_array_equal(found.sequences[:, 5 + step], logits.argmax(-1))
     wanted = model.apply({"params": floats(params)}, ids).logits
     np.testing.assert_allclose(run(ids), wanted, rtol=0, atol=2e-3 if kind == "int8" else 1e-4)

@@ -11,15 +11,16 @@ from phi3_jax.sharding import init_params
 
 TOKENS = 4096
 CONFIG = phi3.Phi3Config(
-    vocab_size=8192,
+    vocab_size=32064,
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=2,
     pad_token_id=0,
+    max_position_embeddings=5000,
 )
-# Of one row and one layer, float32: 512 MiB of scores, 128 MiB of logits.
+# Of one row and one layer, float32: 512 MiB of scores, 501 MiB of logits.
 SCORES, LOGITS = 4 * CONFIG.num_attention_heads * TOKENS**2, 4 * CONFIG.vocab_size * TOKENS
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -47,7 +48,7 @@ def test_a_prompt_has_scores_in_pieces_and_logits_of_one_token(monkeypatch, spli
 
     monkeypatch.setattr(driver, "prefill", measured)
     request.start()
-    assert len(found) == 1 and found[0] < LOGITS + 2**25 < SCORES / 3, found
+    assert len(found) == 1 and found[0] < min(SCORES, LOGITS) / 2, found
 
 
 @pytest.mark.parametrize("remat", ["full", "attention", "none"])
@@ -62,4 +63,4 @@ def test_a_training_step_has_scores_and_logits_in_pieces(remat):
             lambda params: model.apply({"params": params}, ids, labels=ids).loss
         )(params)
 
-    assert temporaries(step, params, ids) < SCORES
+    assert temporaries(step, params, ids) < min(SCORES, LOGITS)

@@ -26,7 +26,7 @@ from phi3_jax.hf_format import Head, HFWeights, LeafPath, WeightTable, raise_pro
 from phi3_jax.load_leaves import Weights, load_leaves, ranges_of, stored_part
 from phi3_jax.model import Model, Phi3ForCausalLM, Phi3Model
 from phi3_jax.processes import by_all, staged_by_all
-from phi3_jax.quantized import is_quantized
+from phi3_jax.quantized import require_floats
 from phi3_jax.safetensors_files import DTYPES, Leaf, SafetensorsWriter
 from phi3_jax.sharding import abstract_params, default_device, init_params, plain_tree
 
@@ -187,7 +187,7 @@ def save_pretrained(
 
     Raises:
       FileExistsError: where the folder exists, without force.
-      ValueError: where the parameters are not those of the model.
+      ValueError: where the parameters are not those of the model, or are quantised.
       RuntimeError: in the processes that did not fail, where another one did.
     """
     table, arrays, leaves = _check_params(model, params)
@@ -226,7 +226,7 @@ def save_checkpoint(
 
     Raises:
       FileExistsError: where the folder exists, without force.
-      ValueError: where the parameters are not those of the model.
+      ValueError: where the parameters are not those of the model, or are quantised.
       RuntimeError: in the processes that did not fail, where another one did.
     """
     from phi3_jax.orbax_format import OrbaxWriter, create_arrays  # loads Orbax: a while
@@ -262,12 +262,8 @@ def _check_params(
     """The model's table, its parameters by path, and what they are without padding."""
     table = _table(model)
     padded = {path: leaf.shape for path, leaf in _expected(model).items()}
+    require_floats(plain_tree(params), "saving")
     arrays = flatten_dict(plain_tree(params))
-    if some := [path for path, leaf in arrays.items() if is_quantized(leaf)]:
-        raise ValueError(
-            f"the parameters to save are quantised ({'.'.join(some[0])}); what is saved is floats: "
-            "copy the folder that they came from, or save the original weights"
-        )
     leaves = {
         path: Leaf(
             table.shape(path) if array.shape == padded.get(path) else tuple(array.shape),

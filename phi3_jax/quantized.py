@@ -5,6 +5,7 @@ it (`phi3_jax.products`) turns it back into floats where it is used, or multipli
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax.hf_format import tile_of
@@ -68,6 +70,19 @@ class QuantizedWeight:
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf is a QuantizedWeight."""
     return isinstance(leaf, QuantizedWeight)
+
+
+def require_floats(params: Mapping[str, Any], what: str) -> None:
+    """Refuses parameters with quantised weights for what needs the floats.
+
+    Raises:
+      ValueError: with the name of one.
+    """
+    for path, leaf in flatten_dict(params).items():
+        if is_quantized(leaf):
+            raise ValueError(
+                f"{'.'.join(path)} is quantised ({leaf.kind}), {what} needs the original weights"
+            )
 
 
 @partial(jax.jit, static_argnames=("kind", "outputs"))

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from phi3_jax.quantized import require_floats
 from phi3_jax.sharding import abstract_params, plain_tree
 
 _TABLES = ("embed_tokens", "lm_head")
@@ -27,8 +28,10 @@ def resize_token_embeddings(
       vocab_size: the new number of words.
 
     Raises:
-      ValueError: where the config would not be one, as with a pad_token_id that is cut off.
+      ValueError: where the config would not be one, as with a pad_token_id that is cut off, or
+        where weights are quantised.
     """
+    require_floats(plain_tree(params), "another vocabulary")
     old_size = model.config.vocab_size
     resized = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
     wanted = abstract_params(resized)

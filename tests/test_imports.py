@@ -27,12 +27,11 @@ ORDER = [
     {
         "phi3_jax.attention_kernels",
         "phi3_jax.head_loss",
-        "phi3_jax.resize",
         "phi3_jax.slots",
         "phi3_jax.hf_format",
     },
     {"phi3_jax.quantized"},
-    {"phi3_jax.products", "phi3_jax.split_layers"},
+    {"phi3_jax.products", "phi3_jax.resize", "phi3_jax.split_layers"},
     {"phi3_jax.cache", "phi3_jax.gather", "phi3_jax.loss"},
     {"phi3_jax.attention"},
     {"phi3_jax.inputs", "phi3_jax.layers"},

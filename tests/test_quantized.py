@@ -232,8 +232,10 @@ def test_what_is_refused(tmp_path):
     source, folder = folders(tmp_path)
     model, params = phi3.from_pretrained(folder)
     for save in (save_pretrained, save_checkpoint):
-        with pytest.raises(ValueError, match="are quantised .*save the original weights"):
+        with pytest.raises(ValueError, match=r"is quantised \(int8\), saving needs the original"):
             save(tmp_path / "new", model, params)
+    with pytest.raises(ValueError, match="another vocabulary needs the original"):
+        phi3.resize_token_embeddings(model, params, 120)
     with pytest.raises(ValueError, match="quantize is 'int3', must be one of int8, nf4"):
         to_orbax(source, tmp_path / "new", quantize="int3")
     with pytest.raises(ValueError, match="is converted already"):

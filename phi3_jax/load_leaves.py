@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax.hf_format import HFWeights, LeafPath
-from phi3_jax.quantized import QuantizedWeight, placed
+from phi3_jax.quantized import QuantizedWeight, layout_of_part
 from phi3_jax.read_ahead import read_ahead
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _quantized_targets(
     else:
         shapes = [(*outer, -(-last // 2)), (*outer, -(-last // weights.table.tile(path)))]
     return {
-        part: jax.ShapeDtypeStruct(shape, dtype, sharding=placed(target.sharding, shape))
+        part: jax.ShapeDtypeStruct(shape, dtype, sharding=layout_of_part(target.sharding, shape))
         for part, shape, dtype in zip(
             (values, scales), shapes, (weights.leaves[values].dtype, target.dtype), strict=True
         )

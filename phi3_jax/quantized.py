@@ -121,7 +121,7 @@ def _not_zero(scales: jax.Array) -> jax.Array:
     return jnp.where(wide == 0, 1, wide)
 
 
-def placed(place: Any, shape: tuple[int, ...]) -> Any:
+def layout_of_part(place: Any, shape: tuple[int, ...]) -> Any:
     """The layout of the values or the scales of a weight that is laid out so; scales too few to be
     cut over an axis are whole there.
     """

@@ -30,6 +30,7 @@ from phi3_jax.generation.decoding import (
     prefill,
 )
 from phi3_jax.generation.settings import Past, Settings
+from phi3_jax.quantized import layout_of_part
 from phi3_jax.rope import rope_tables
 from phi3_jax.sharding import abstract_params, named_sharding
 from plan.flops import attention_flops, causal_pairs, forward_flops, head_rows
@@ -359,23 +360,14 @@ def abstract_frozen(setup: Setup) -> Any:
     leaves = jax.eval_shape(lambda own: quantize_params(own, kind, model), setup.frozen)
     weights, placed = flatten_dict(setup.frozen), {}
     for path, leaf in flatten_dict(leaves).items():
-        spec = weights[path].sharding.spec
-
-        def place(x: Any, spec: Any = spec) -> jax.ShapeDtypeStruct:
-            parts = [math.prod(setup.mesh.shape[axis] for axis in _names(axes)) for axes in spec]
-            kept = [
-                axes if size % over == 0 else None
-                for size, axes, over in zip(x.shape, spec, parts, strict=True)
-            ]
-            sharding = NamedSharding(setup.mesh, PartitionSpec(*kept))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        placed[path] = jax.tree.map(place, leaf)
+        own = weights[path].sharding
+        placed[path] = jax.tree.map(
+            lambda x, own=own: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=layout_of_part(own, x.shape)
+            ),
+            leaf,
+        )
     return unflatten_dict(placed)
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _rows(count: int) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from phi3_jax.quantized import QuantizedWeight, placed, quantize_weight
+from phi3_jax.quantized import QuantizedWeight, layout_of_part, quantize_weight
 from phi3_jax.sharding import abstract_params
 from train.config import TARGETS
 from train.lora import OUTPUTS
@@ -63,7 +63,7 @@ def _by_layer(quantize: Any, leaf: Any, place: Any) -> QuantizedWeight:
     layers = [quantize(jax.device_put(leaf[i], _without_layers(place))) for i in range(len(leaf))]
     stack = lambda layers: jax.tree.map(lambda *parts: jnp.stack(parts), *layers)  # noqa: E731
     shapes = jax.eval_shape(stack, layers)
-    places = jax.tree.map(lambda part: placed(place, part.shape), shapes)
+    places = jax.tree.map(lambda part: layout_of_part(place, part.shape), shapes)
     return jax.jit(stack, out_shardings=places)(layers)
 
 

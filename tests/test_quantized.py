@@ -213,7 +213,7 @@ def test_other_heads(tmp_path):
     model, params = phi3.from_pretrained(folder, which)
     found = model.apply({"params": params}, tokens(2, 7)).logits
     wanted = model.apply({"params": floats(params)}, tokens(2, 7)).logits
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="lm_head.weight: missing"):
         phi3.from_pretrained(folder)
 

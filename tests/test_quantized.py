@@ -207,6 +207,17 @@ def test_a_loop_keeps_weights_of_8_bits_as_they_are(tmp_path, batch):
     assert loop.memory_analysis().temp_size_in_bytes < min(weight, slots), (weight, slots)
 
 
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_prompt_has_few_weights_as_floats_at_a_time(tmp_path, kind, optimized):
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=8)
+    _, folder = folders(tmp_path, kind=kind, num_hidden_layers=8, **sizes)
+    model, params = phi3.from_pretrained(folder)
+    run = jax.jit(lambda params: model.apply({"params": params}, tokens(1, 70)).logits)
+    memory = run.lower(split_layers(params)).compile().memory_analysis()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(floats(params)["model"]["layers"]))
+    assert memory.temp_size_in_bytes < whole / 4, (memory.temp_size_in_bytes, whole)
+
+
 def test_other_heads(tmp_path):
     _, folder = folders(tmp_path, "gqa", "int8", head="score", num_labels=3)
     which = phi3.Phi3ForSequenceClassification

@@ -220,11 +220,12 @@ def test_a_run_on_quantised_weights_goes_on_and_hands_over(tmp_path, monkeypatch
     assert singular[1] > 0 and singular[2] < 1e-3 * singular[0]
 
 
-def test_adapters_on_a_folder_that_is_quantised(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_on_a_folder_that_is_quantised(tmp_path, monkeypatch, kind):
     """LoRA trains on what `phi3-convert --quantize` made; all weights cannot be trained there."""
     use_devices(monkeypatch)
     write_chat_model(tmp_path / "hf")
-    to_orbax(tmp_path / "hf", tmp_path / "model", quantize="int8")
+    to_orbax(tmp_path / "hf", tmp_path / "model", quantize=kind)
     write_documents(tmp_path / "data")
     lora = dict(lora=dict(rank=2), optimizer=dict(schedule="constant", learning_rate=1e-2))
     done = train(small_run(tmp_path, "run", **lora, steps=3))

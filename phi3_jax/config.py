@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.frozen_mapping import FrozenMapping, freeze, thaw
+from phi3_jax.json_files import read_json_object
 from phi3_jax.rope_parameters import standard_rope
 
 MODEL_TYPE = "phi3"
@@ -18,6 +19,8 @@ CONFIG_FILE = "config.json"
 
 # What a config says that was not made for another class.
 _ARCHITECTURES = ["Phi3ForCausalLM"]
+# A hundred times the deepest of the family: what is listed of each must not exhaust the memory.
+_MOST_LAYERS = 4000
 
 # What `hidden_act` may be; layers.py holds the functions under the same names.
 ACTIVATIONS = (
@@ -174,12 +177,7 @@ class Phi3Config:
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"no {CONFIG_FILE} in {str(folder)!r}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        values = read_json_object(path)
         for name in overrides:
             if name not in _names():
                 raise ValueError(unknown_name("config field", name, sorted(_names())))
@@ -273,10 +271,12 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
 def _check_fields(config: Phi3Config) -> None:
     """Type and range of every field taken alone."""
     positive = ("at least 1", lambda x: x >= 1)
+    few = (f"from 1 to {_MOST_LAYERS}", lambda x: 1 <= x <= _MOST_LAYERS)
     rate = ("in [0, 1)", lambda x: 0 <= x < 1)
     above_zero = ("a finite number above 0", lambda x: 0 < x < math.inf)
     table = [
-        (int, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), positive),
+        (int, ("vocab_size", "hidden_size", "intermediate_size"), positive),
+        (int, ("num_hidden_layers",), few),
         (int, ("num_attention_heads", "max_position_embeddings"), positive),
         (int, ("original_max_position_embeddings",), positive),
         (int | None, ("num_key_value_heads", "head_dim", "sliding_window"), positive),

@@ -358,9 +358,15 @@ class HFWeights(Stored):
         ]
 
 
+# The kind of trouble shows in fewer; a file may name any number of tensors.
+_PROBLEMS_SHOWN = 40
+
+
 def raise_problems(what: str, problems: list[str]) -> None:
     """Raises one ValueError that lists the problems of what is named, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = "\n  ".join(problems)
+        more = len(problems) - _PROBLEMS_SHOWN
+        shown = problems[:_PROBLEMS_SHOWN] + [f"and {more} more"] * (more > 0)
+        lines = "\n  ".join(shown)
         raise ValueError(f"{count} with {what}:\n  {lines}")

@@ -6,7 +6,6 @@ so that any mesh can load it. This is the only file that knows Orbax, and how it
 out.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from phi3_jax.hf_format import (
     head_of,
     raise_problems,
 )
+from phi3_jax.json_files import read_json_object
 from phi3_jax.safetensors_files import Leaf
 
 # Kept in the checkpoint, with "quantized" where it is; a reader of another version refuses it.
@@ -155,7 +155,7 @@ def open_arrays(
     """
     params_folder = folder / PARAMS_FOLDER
     try:
-        metadata = json.loads((params_folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
+        metadata = read_json_object(params_folder / "_CHECKPOINT_METADATA")
         written = metadata["custom_metadata"]
         keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
     except (OSError, ValueError, KeyError, TypeError) as error:

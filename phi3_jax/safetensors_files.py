@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from phi3_jax.json_files import read_json_object
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -100,9 +102,12 @@ class SafetensorsFolder:
         if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
             return None
         try:
-            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+            index = read_json_object(folder / INDEX_FILE)["weight_map"]
             # Files elsewhere are none of this folder's.
-            return {str(name): Path(file).name for name, file in index.items()}
+            homes = {str(name): Path(file).name for name, file in index.items()}
+            if not all(homes.values()):
+                raise ValueError("a tensor without a file")
+            return homes
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.problems.append(f"{INDEX_FILE}: not an index of safetensors ({error!r})")
             return {}

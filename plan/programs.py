@@ -5,7 +5,6 @@ of its arguments, its tokens, and the operations that the model asks for.
 """
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from phi3_jax.generation.decoding import (
     prefill,
 )
 from phi3_jax.generation.settings import Past, Settings
+from phi3_jax.json_files import read_json_object
 from phi3_jax.quantized import layout_of_part
 from phi3_jax.rope import rope_tables
 from phi3_jax.sharding import abstract_params, named_sharding
@@ -281,7 +281,7 @@ def model_config(name: str) -> phi3.Phi3Config:
         return phi3.Phi3Config.from_pretrained(path)
     if path.is_file():
         try:
-            return phi3.Phi3Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return phi3.Phi3Config.from_dict(read_json_object(path))
         except ValueError as error:
             raise ValueError(f"{name!r} is no config of a Phi-3 model: {error}") from None
     try:

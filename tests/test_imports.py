@@ -9,14 +9,14 @@ ROOT = Path(__file__).parent.parent
 
 # What each module may import of this repository: itself apart, only what stands in a line before.
 ORDER = [
+    {"phi3_jax.json_files"},
     {
         "phi3_jax.compilation_cache",
         "phi3_jax.frozen_mapping",
         "phi3_jax.read_ahead",
-        "phi3_jax.safetensors_files",
         "phi3_jax.timing",
     },
-    {"phi3_jax.rope_parameters"},
+    {"phi3_jax.rope_parameters", "phi3_jax.safetensors_files"},
     {"phi3_jax.config"},
     {"phi3_jax.folder"},
     {"phi3_jax.processes"},

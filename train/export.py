@@ -13,6 +13,7 @@ import numpy as np
 import phi3_jax as phi3
 from phi3_jax.checkpoint import open_weights
 from phi3_jax.folder import check_replaceable, copy_side_files, find_folder, staged_folder
+from phi3_jax.json_files import read_json_object
 from phi3_jax.safetensors_files import DTYPES
 from phi3_jax.sharding import shard_params
 from train.checkpoints import Checkpoints
@@ -36,7 +37,7 @@ def run_config(run: str | Path) -> TrainConfig:
             f"{str(run)!r} is not the folder of a run: it has no {CONFIG_FILE} and {CHECKPOINTS}/"
         )
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(read_json_object(path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 

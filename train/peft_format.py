@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import ADAPTER_CONFIG_FILE as CONFIG_FILE
 from phi3_jax.hf_format import LeafPath, Weight, WeightTable, raise_problems
+from phi3_jax.json_files import read_json_object
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.processes import by_all, staged_by_all
 from phi3_jax.safetensors_files import DTYPES
@@ -161,7 +162,7 @@ def load_adapter(folder: str | Path, model: Phi3ForCausalLM) -> tuple[LoraConfig
                 f"{WEIGHTS_FILE}"
             )
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = read_json_object(folder / CONFIG_FILE)
         tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"the adapter in {str(folder)!r} cannot be read: {error}") from None

@@ -12,6 +12,7 @@ from phi3_jax.frozen_mapping import FrozenMapping, thaw
 from phi3_jax.generation import config_checks
 from phi3_jax.generation.config_checks import SAMPLING_SETTINGS as SAMPLING_SETTINGS
 from phi3_jax.generation.watermarking_config import WatermarkingConfig
+from phi3_jax.json_files import read_json_object
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -201,10 +202,8 @@ class GenerationConfig:
         path = Path(folder) / GENERATION_CONFIG_FILE
         if not path.is_file():
             return None
+        values = read_json_object(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"holds a {type(values).__name__}, expected a JSON object")
             names = {field.name for field in dataclasses.fields(cls)} - {"extra", "given"}
             # Files of transformers write null for a setting that was left open.
             known = {k: v for k, v in values.items() if k in names and v is not None}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from phi3_jax.generation.constraints import Rows
+from phi3_jax.json_files import parse_json
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Between the tokens of JSON: nothing, a space, or a line break and its indentation. A model that
@@ -46,7 +47,7 @@ class Grammar:
         """
         if isinstance(schema, str):
             try:
-                schema = json.loads(schema)
+                schema = parse_json(schema)
             except ValueError as error:
                 raise ValueError(f"the JSON schema is not JSON: {error}") from None
         if not isinstance(schema, Mapping | bool):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from phi3_jax.json_files import read_json_object
 from phi3_jax.text.token_text import ByteLevelText, PieceText, token_text_of
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -258,15 +259,7 @@ def read_vocabulary(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; it must be an object")
-    return value
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _entry(token: str | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,3 @@
+"""What all fault suites share."""
+
+from refusals import refused  # noqa: F401

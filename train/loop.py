@@ -188,9 +188,11 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def load_tokenizer(config: TrainConfig) -> tuple[Path, phi3.Tokenizer]:
-    """The model folder of a run, and its tokenizer."""
+    """The model folder of a run, and its tokenizer, which fits it."""
     source = model_folder(config.model)
-    return source, phi3.Tokenizer.from_pretrained(source)
+    tokenizer = phi3.Tokenizer.from_pretrained(source)
+    tokenizer.check_fits(phi3.Phi3Config.from_pretrained(source).vocab_size)
+    return source, tokenizer
 
 
 def open_data(

@@ -39,7 +39,10 @@ def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
         named = {e.get("name"): e.get("template") for e in template if isinstance(e, Mapping)}

@@ -62,6 +62,10 @@ class TextGenerator:
       mesh: where to compute; by default where the parameters are.
       cache_length: tokens of prompt and answer together that a conversation may have; by default
         4096, or the model's max_position_embeddings where that is less.
+
+    Raises:
+      ValueError: for a tokenizer with ids outside the model's vocabulary; for a cache_length
+        below 1.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class TextGenerator:
         mesh: Mesh | None = None,
         cache_length: int | None = None,
     ):
+        tokenizer.check_fits(model.config.vocab_size)
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         if cache_length is None:
             cache_length = min(4096, model.config.max_position_embeddings)

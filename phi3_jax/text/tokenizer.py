@@ -74,6 +74,20 @@ class Tokenizer:
             chat_template=load_chat_template(folder, config),
         )
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Refuses to serve a model that has no embedding for some of the tokens.
+
+        Raises:
+          ValueError: where an id is not below vocab_size, the model's.
+        """
+        last = max(self._tokens, default=-1)
+        if last >= vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self._tokens[last]!r} of id {last}, outside the model's "
+                f"vocabulary of {vocab_size} (vocab_size); take the tokenizer that came with the "
+                "model, or give the model rows for it by resize_token_embeddings"
+            )
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; names of added tokens in it, such as <|user|>, become those tokens.
 

@@ -228,12 +228,21 @@ def read_vocabulary(
         added[id] = AddedToken(id, content, special=special, normalized=normalized, **flags)
 
     key = "additional_special_tokens"
-    specials = [_entry(t)["content"] for t in config.get(key) or special_map.get(key) or ()]
+    specials = config.get(key) or special_map.get(key) or []
+    if not isinstance(specials, list):
+        raise ValueError(f"{folder}: {key} is {specials!r}, must be a list of tokens")
+    specials = [_entry(folder, key, token)["content"] for token in specials]
     for content, id in read_json(folder / "added_tokens.json").items():
         put("added_tokens.json", id, {"content": content, "special": content in specials})
     for entry in vocabulary.added:
         put("tokenizer.json", entry["id"], entry)
-    for id, entry in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, Mapping):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is {decoder!r}, must be an "
+            "object of ids and tokens"
+        )
+    for id, entry in decoder.items():
         put("tokenizer_config.json", id, entry)
 
     named = {}
@@ -241,7 +250,7 @@ def read_vocabulary(
         value = config.get(name) or special_map.get(name) or vocabulary.named.get(name)
         if not value:
             continue
-        entry = _entry(value)
+        entry = _entry(folder, name, value)
         named[name] = content = entry["content"]
         if content not in ids:
             raise ValueError(
@@ -262,6 +271,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _entry(token: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    # A token is written as its text, or as an object with content and flags.
-    return {"content": token} if isinstance(token, str) else token
+def _entry(folder: Path, name: str, token: Any) -> Mapping[str, Any]:
+    """A token of that name, which is written as its text or as an object with content and flags."""
+    entry = {"content": token} if isinstance(token, str) else token
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+        raise ValueError(
+            f"{folder}: {name} is {token!r}; a token is written as its text, or as an object with "
+            "its content"
+        )
+    return entry

@@ -156,7 +156,7 @@ def open_arrays(
     params_folder = folder / PARAMS_FOLDER
     try:
         metadata = read_json_object(params_folder / "_CHECKPOINT_METADATA")
-        written = metadata["custom_metadata"]
+        written = dict(metadata["custom_metadata"])
         keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(params_folder)!r} is not a checkpoint: {_brief(error)}") from error

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config import Phi3Config
@@ -50,10 +51,7 @@ def read_prompt(
         if settings.bos_token_id is None:
             raise ValueError("without input_ids generation begins with bos_token_id: give one")
         input_ids = [[settings.bos_token_id]]
-    try:
-        ids = np.asarray(input_ids)
-    except ValueError:  # rows of unequal length
-        ids = np.empty(0)
+    ids = _array(input_ids)
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"{name} has shape {ids.shape} and dtype {ids.dtype}, expected whole numbers "
@@ -68,11 +66,14 @@ def read_prompt(
     pad_id = settings.pad_token_id
     if attention_mask is None and pad_id is not None and pad_id not in settings.eos_token_ids:
         attention_mask = ids != pad_id
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    if mask.shape != ids.shape:
+    mask = _array(np.ones(ids.shape, bool) if attention_mask is None else attention_mask)
+    numbers = mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.number)
+    if mask.shape != ids.shape or not numbers or (mask != mask).any():
         raise ValueError(
-            f"the attention mask of {name} has shape {mask.shape}, expected theirs, {ids.shape}"
+            f"the attention mask of {name} has shape {mask.shape} and dtype {mask.dtype}, expected "
+            f"their shape, {ids.shape}, and 0 for padding, 1 for tokens"
         )
+    mask = mask != 0
     for row, last in enumerate(mask[:, -1]):
         if not last:
             where = "the prompt" if name == "input_ids" else name
@@ -82,6 +83,14 @@ def read_prompt(
                 "column: pad on the left"
             )
     return ids.astype(np.int32), mask
+
+
+def _array(rows: Any) -> np.ndarray:
+    """Rows as an array; an empty one where they are of unequal length."""
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        return np.empty(0)
 
 
 def with_negative_prompts(

@@ -93,8 +93,8 @@ def test_killed_at_three_moments(sources, tmp_path, job):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
-def test_killed_at_twenty_moments(sources, tmp_path, job):
-    kill_at_random_moments(job, sources[job], tmp_path, 20)
+def test_killed_at_thirty_moments(sources, tmp_path, job):
+    kill_at_random_moments(job, sources[job], tmp_path, 30)
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -147,7 +147,7 @@ class Phi3Config:
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             raise ValueError(
-                f"model_type is {model_type!r}, but this library runs {MODEL_TYPE!r} models only "
+                f"model_type is {model_type!r}, must be {MODEL_TYPE!r} "
                 "(Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini and their fine-tunes)"
             )
         names = _names()
@@ -173,7 +173,9 @@ class Phi3Config:
         """
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no {CONFIG_FILE} in {str(folder)!r}")
+            raise FileNotFoundError(
+                f"no {CONFIG_FILE} in {str(folder)!r}; name the folder of a model"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -363,4 +363,6 @@ def raise_problems(what: str, problems: list[str]) -> None:
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n  ".join(problems)
-        raise ValueError(f"{count} with {what}:\n  {lines}")
+        raise ValueError(
+            f"{count} with {what}; mend the config, or what does not fit it:\n  {lines}"
+        )

@@ -138,7 +138,9 @@ class SafetensorsFolder:
             file.seek(entry.start)
             for block in blocks:
                 if file.readinto(block.reshape(-1).view(np.uint8).data) != block.nbytes:
-                    raise ValueError(f"{str(entry.file)!r} ended in the middle of {name}")
+                    raise ValueError(
+                        f"{str(entry.file)!r} ended in the middle of {name}; write it again"
+                    )
 
 
 class SafetensorsWriter:

@@ -154,12 +154,14 @@ def test_without_an_installation(run, monkeypatch):
         ),
     ],
 )
-def test_an_accelerator_without_its_plugin(run, installed, machine, files, words):
+def test_an_accelerator_without_its_plugin(run, installed, machine, monkeypatch, files, words):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     installed.update(dict.fromkeys(doctor.PLUGINS.values()))
     machine(files)
     status, lines = run()
     assert status == 0
     assert starting(lines, *words).startswith("missing")
+    assert not [line for line in lines if "does not use it" in line]
 
 
 def test_no_accelerator_is_seen_where_none_is(run, machine):

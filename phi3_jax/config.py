@@ -303,6 +303,7 @@ def _check_fields(config: Phi3Config) -> None:
             accepted = kind | int if kind is float else kind
             if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
                 words = str(kind) if "|" in str(kind) else getattr(kind, "__name__", "")
+                words = words.removeprefix("collections.abc.")
                 raise ValueError(f"{name} is {value!r}, expected {words}")
             if limit and value is not None and not limit[1](value):
                 raise ValueError(f"{name} is {value!r}, must be {limit[0]}")

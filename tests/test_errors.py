@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from phi3_jax.config import Phi3Config
+from phi3_jax.folder import find_folder
+from phi3_jax.sharding import make_mesh
+from train.config import load_config
+from train.records import open_records
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -63,6 +69,32 @@ def test_what_is_left_out_is_still_there(tool, modules):
         for functions, classes, _ in tool.walk(module.tree, [], []):
             places.add(".".join([module.name, *classes, *(f.name for f in functions)]))
     assert tool.PASSED_ON | tool.WORDS_OF_OTHERS <= places
+
+
+@pytest.mark.parametrize(
+    ("call", "home"),
+    [
+        (lambda: Phi3Config(rope_scaling=3), "phi3_jax.rope_parameters"),
+        (lambda: Phi3Config(head_dim=7), "phi3_jax.rope_parameters"),
+        (lambda: find_folder("no/such/folder"), "phi3_jax.folder"),
+        (lambda: make_mesh(data=-1, fsdp=-1), "phi3_jax.sharding"),
+        (lambda: make_mesh(data=3), "phi3_jax.sharding"),
+        (lambda: load_config("sft_tiny_cpu", ["steps"]), "train.config"),
+        (lambda: load_config("sft_tiny_cpu", ["lora.rank=x"]), "train.config_values"),
+        (lambda: open_records("no/such/file.jsonl"), "train.records"),
+    ],
+)
+def test_what_is_raised_is_what_was_read(tool, modules, call, home):
+    with pytest.raises((ValueError, OSError)) as raised:
+        call()
+    [module] = [module for module in modules if module.name == home]
+    message = " ".join(str(raised.value).split())
+    patterns = {
+        entry.message: re.sub(r"\\\{.*?\\\}", ".*", re.escape(entry.message))
+        for entry in tool.Reader(modules).entries(module)
+        if entry.kind == type(raised.value).__name__
+    }
+    assert [text for text, pattern in patterns.items() if re.fullmatch(pattern, message)], message
 
 
 HELPERS = """

@@ -75,7 +75,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name not in _HOME:
-        raise AttributeError(f"module 'phi3_jax' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'phi3_jax' has no attribute {name!r}; phi3_jax.__all__ lists what it has"
+        )
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

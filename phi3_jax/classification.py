@@ -221,7 +221,7 @@ def sequence_classification_loss(
     one_each = single or (problem_type == "regression" and classes == 1)
     shape = (rows,) if one_each else (rows, classes)
     if labels.size != np.prod(shape) or (not one_each and labels.shape != shape):
-        raise ValueError(f"labels have shape {labels.shape}, {problem_type} expects {shape}")
+        raise ValueError(f"labels have shape {labels.shape}, expected {shape} for {problem_type}")
     if single:
         return mean_loss(*cross_entropy(logits_Bn, labels.reshape(shape).astype(jnp.int32)))
     logits, targets = logits_Bn.astype(jnp.float32), labels.astype(jnp.float32).reshape(rows, -1)

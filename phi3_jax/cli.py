@@ -213,7 +213,7 @@ def generate(
         }
     )
     if kv_bits not in (None, 8):
-        raise UserError(f"--kv-bits is {kv_bits}, and --kv-bits 8 is all there is")
+        raise UserError(f"--kv-bits is {kv_bits}, must be 8 where it is given")
     kind = {} if kv_bits is None else {"cache_implementation": "quantized"}
     if prompt_cache_file is not None:
         from phi3_jax.generation.prompt_cache import check_path
@@ -362,7 +362,7 @@ def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) 
             say(f"({json.dumps(settings)})")
     else:
         if name != "help":
-            say(f"error: there is no command {name!r}")
+            say(f"error: there is no command {name!r}; use one of these:")
         say(HELP_TEXT)
     return True
 
@@ -386,7 +386,7 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no number, list, true, false or null") from None
+        raise ValueError(f"{text!r} must be a number, list, true, false or null") from None
 
 
 def generate_command() -> None:

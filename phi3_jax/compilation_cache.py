@@ -36,8 +36,7 @@ def keep_compiled_programs() -> None:
     if config.jax_compilation_cache_dir is not None:
         return
     try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(caches, "phi3-jax", "compilation")
+        folder = default_folder()
         # Who can write here can have us run any program.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -47,6 +46,16 @@ def keep_compiled_programs() -> None:
         print(f"warning: compiled programs are not kept: {error}", file=sys.stderr, flush=True)
     else:
         config.update("jax_compilation_cache_dir", str(folder))
+
+
+def default_folder() -> Path:
+    """Where compiled programs are kept unless jax is told another folder.
+
+    Raises:
+      RuntimeError: where the user has no home.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches, "phi3-jax", "compilation")
 
 
 def drop_oldest(folder: Path, max_bytes: int) -> None:

@@ -150,7 +150,7 @@ class Phi3Config:
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             raise ValueError(
-                f"model_type is {model_type!r}, but this library runs {MODEL_TYPE!r} models only "
+                f"model_type is {model_type!r}, must be {MODEL_TYPE!r} "
                 "(Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini and their fine-tunes)"
             )
         names = _names()
@@ -176,7 +176,9 @@ class Phi3Config:
         """
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no {CONFIG_FILE} in {str(folder)!r}")
+            raise FileNotFoundError(
+                f"no {CONFIG_FILE} in {str(folder)!r}; name the folder of a model"
+            )
         values = read_json_object(path)
         for name in overrides:
             if name not in _names():
@@ -301,6 +303,7 @@ def _check_fields(config: Phi3Config) -> None:
             accepted = kind | int if kind is float else kind
             if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
                 words = str(kind) if "|" in str(kind) else getattr(kind, "__name__", "")
+                words = words.removeprefix("collections.abc.")
                 raise ValueError(f"{name} is {value!r}, expected {words}")
             if limit and value is not None and not limit[1](value):
                 raise ValueError(f"{name} is {value!r}, must be {limit[0]}")

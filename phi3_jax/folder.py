@@ -53,7 +53,9 @@ def find_folder(name: str | Path) -> Path:
     if folder.exists():
         raise ValueError(f"{str(name)!r} is a file, expected a model folder")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"there is no folder {str(name)!r}")
+        raise FileNotFoundError(
+            f"there is no folder {str(name)!r}; give one that is there, or a hub id, OWNER/NAME"
+        )
     return _download(name)
 
 
@@ -85,7 +87,7 @@ def folder_kind(folder: Path) -> Literal["hf", "orbax"]:
     looked_for = f"{SINGLE_FILE}, {INDEX_FILE} or an Orbax checkpoint in {PARAMS_FOLDER}/"
     if kinds:
         raise ValueError(f"{str(folder)!r} holds two models at once ({looked_for}); separate them")
-    raise ValueError(f"{str(folder)!r} is not a model folder: it has no {looked_for}")
+    raise ValueError(f"{str(folder)!r} is not a model folder, which needs one of {looked_for}")
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -104,7 +106,9 @@ def check_apart(source: Path, target: str | Path) -> None:
     """
     inside, outside = source.resolve(), Path(target).expanduser().resolve()
     if outside in (inside, *inside.parents):
-        raise ValueError(f"the target {str(target)!r} holds the source {str(source)!r}")
+        raise ValueError(
+            f"the target {str(target)!r} holds the source {str(source)!r}; choose another target"
+        )
 
 
 @contextlib.contextmanager

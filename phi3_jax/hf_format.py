@@ -369,4 +369,6 @@ def raise_problems(what: str, problems: list[str]) -> None:
         more = len(problems) - _PROBLEMS_SHOWN
         shown = problems[:_PROBLEMS_SHOWN] + [f"and {more} more"] * (more > 0)
         lines = "\n  ".join(shown)
-        raise ValueError(f"{count} with {what}:\n  {lines}")
+        raise ValueError(
+            f"{count} with {what}; mend the config, or what does not fit it:\n  {lines}"
+        )

@@ -113,7 +113,7 @@ def read_inputs(
     if token_mask is not None:
         if attention_mask is not None or segment_ids is not None:
             other = "attention_mask" if attention_mask is not None else "segment_ids"
-            raise ValueError(f"give either token_mask or {other}: both say what is padding")
+            raise ValueError(f"token_mask and {other} both say what is padding; give one")
         mask_BT = jnp.broadcast_to(jnp.asarray(token_mask) != 0, (B, T))
     if attention_mask is not None:
         if np.ndim(attention_mask) == 4:
@@ -129,8 +129,8 @@ def read_inputs(
         if cache is not None or given_mask is not None:
             other = "a cache" if cache is not None else "a 4D attention_mask"
             raise ValueError(
-                f"segment_ids do not go with {other}: packed rows are computed in one call, and "
-                "see what their segment_ids say"
+                f"segment_ids do not go with {other}; packed rows must be computed in one call, "
+                "and see what their segment_ids say"
             )
         ids_BT = jnp.broadcast_to(jnp.asarray(segment_ids), (B, T))
         document_BT, offsets_BT = document_runs(ids_BT)

@@ -14,7 +14,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("nested too deeply; take it from its source again") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def by_all() -> Generator[None]:
         failed = multihost_utils.process_allgather(np.array(error is not None))
         if error is None and failed.any():
             which = ", ".join(str(process) for process in np.flatnonzero(failed))
-            raise RuntimeError(f"process {which} failed, and says why")
+            raise RuntimeError(f"process {which} failed; the reason must be in its own output")
     if error is not None:
         raise error
 

@@ -106,7 +106,7 @@ class SafetensorsFolder:
             # Files elsewhere are none of this folder's.
             homes = {str(name): Path(file).name for name, file in index.items()}
             if not all(homes.values()):
-                raise ValueError("a tensor without a file")
+                raise ValueError("a tensor in no file; each must have one")
             return homes
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.problems.append(f"{INDEX_FILE}: not an index of safetensors ({error!r})")
@@ -143,7 +143,9 @@ class SafetensorsFolder:
             file.seek(entry.start)
             for block in blocks:
                 if file.readinto(block.reshape(-1).view(np.uint8).data) != block.nbytes:
-                    raise ValueError(f"{str(entry.file)!r} ended in the middle of {name}")
+                    raise ValueError(
+                        f"{str(entry.file)!r} ended in the middle of {name}; write it again"
+                    )
 
 
 class SafetensorsWriter:

@@ -260,7 +260,7 @@ def shard_params(model: nn.Module, params: Any) -> dict[str, Any]:
     if found != jax.tree.map(lambda leaf: leaf.shape, expected):
         raise ValueError(
             "these are not the model's parameters without padding: their shapes are "
-            f"{found}, those of the model {jax.tree.map(lambda leaf: leaf.shape, expected)}"
+            f"{found}, must be {jax.tree.map(lambda leaf: leaf.shape, expected)}"
         )
 
     def place(leaf, target):

@@ -287,6 +287,7 @@ def _write(json_file: str | None, found: "Sequence[Figures]", advice: list[Any])
 
 
 def _leave(found: "Sequence[Figures]") -> None:
+    """Ends with status 3 where nothing fits."""
     if not any(one.fits for one in found):
         raise typer.Exit(DOES_NOT_FIT_STATUS)
 
@@ -296,7 +297,9 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Runs the command line; what the user can mend is one line on stderr."""
+    """Runs the command line; what the user can mend is one line on stderr, with status 2 where an
+    argument or a setting is wrong, and 1 where something is missing.
+    """
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:

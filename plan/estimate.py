@@ -42,7 +42,9 @@ def estimate(counts: Counts, chip: Chip, kernel_flops: float = 0) -> Estimate:
     for network, bandwidth in (("ici", chip.link_bandwidth), ("dcn", chip.network_bandwidth)):
         sent = sum(one.sent * one.times for one in counts.collectives if one.network == network)
         if sent and bandwidth is None:
-            raise ValueError(f"{sent:,} bytes go between slices, of which {chip.name} has none")
+            raise ValueError(
+                f"{sent:,} bytes go between slices, of which {chip.name} has none; use one slice"
+            )
         # Transfers within and between slices can be under way at the same time.
         seconds = max(seconds, sent / (bandwidth or 1))
     floors = {

@@ -133,7 +133,7 @@ def compile_job(job: Job, machine: Machine) -> Figures:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:
             raise CompilerError(
-                f"the compiler for {machine.topology} failed: {message.strip().splitlines()[0]}"
+                f"the compiler for {machine.topology} failed: {str(error).strip().splitlines()[0]}"
             ) from error
         compiled, counts = None, None
         needed, limit = out_of_memory(message)

@@ -315,4 +315,4 @@ def _closing(text: str, opening: int) -> int:
         depth += 1 if match.group() == "(" else -1
         if depth == 0:
             return opening + match.start()
-    raise ValueError(f"no closing parenthesis in {text[:200]!r}")
+    raise ValueError(f"no closing parenthesis in {text[:200]!r}; is this another jax than 0.10?")

@@ -189,11 +189,11 @@ def _tpus(topology: str, name: str, sizes: list[int], num_slices: int) -> Machin
     tpu = _TPUS[name]
     if len(sizes) != tpu.dims or math.prod(sizes) > tpu.pod:
         raise ValueError(
-            f"{topology!r} is not a topology: the shape of a {name} has {tpu.dims} sizes and at "
-            f"most {tpu.pod:,} chips, as in {name}:{tpu.shapes[-1]}"
+            f"{topology!r} is not a topology: the shape of a {name} must have {tpu.dims} sizes and "
+            f"at most {tpu.pod:,} chips, as in {name}:{tpu.shapes[-1]}"
         )
     if num_slices < 1:
-        raise ValueError(f"{num_slices} slices of {topology}: there must be 1 or more")
+        raise ValueError(f"there are {num_slices} slices of {topology}, must be at least 1")
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(f"{topology} needs the TPU compiler, libtpu: pip install libtpu")
     options: dict[str, Any] = {}
@@ -208,7 +208,7 @@ def _tpus(topology: str, name: str, sizes: list[int], num_slices: int) -> Machin
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"libtpu refuses {topology!r}: {str(error).splitlines()[0]}; "
-            f"shapes that it takes are {', '.join(tpu.shapes)}"
+            f"take one of {', '.join(tpu.shapes)}"
         ) from None
     devices = list(described.devices)
     flops = peak_flops(devices[0])
@@ -230,7 +230,9 @@ def _gpus(topology: str, name: str, sizes: list[int], num_slices: int) -> Machin
     if len(sizes) > 2:
         raise ValueError(f"{topology!r} is not a topology: write {name}:8, or {name}:2x8 for hosts")
     if num_slices != 1:
-        raise ValueError(f"GPUs have no slices, got {num_slices}: {name}:2x8 is two hosts of eight")
+        raise ValueError(
+            f"GPUs have no slices, got {num_slices}; write {name}:2x8 for two hosts of eight"
+        )
     hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
     try:
         described = topologies.get_topology_desc(

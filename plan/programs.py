@@ -382,6 +382,6 @@ def _cache_words(kind: CacheKind, capacity: int) -> str:
 def _check_positions(shape: phi3.Phi3Config, name: str, tokens: int) -> None:
     if tokens > shape.max_position_embeddings:
         raise ValueError(
-            f"{name} is {tokens}, the model has {shape.max_position_embeddings} positions "
-            "(max_position_embeddings)"
+            f"{name} is {tokens}, must be at most the model's {shape.max_position_embeddings} "
+            "positions (max_position_embeddings)"
         )

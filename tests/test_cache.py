@@ -303,5 +303,5 @@ def test_token_masks_go_alone():
     with pytest.raises(ValueError, match="token_mask has shape"):
         model.apply({"params": params}, ids, token_mask=ones[:, :2])
     for name in ("attention_mask", "segment_ids"):
-        with pytest.raises(ValueError, match=f"either token_mask or {name}"):
+        with pytest.raises(ValueError, match=f"token_mask and {name} both say"):
             model.apply({"params": params}, ids, token_mask=ones, **{name: ones.astype(int)})

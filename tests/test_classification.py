@@ -108,7 +108,7 @@ def test_losses_of_rows():
     ],
 )
 def test_labels_of_another_shape_are_refused(labels, kind, expected):
-    with pytest.raises(ValueError, match=f"labels have shape .* expects {expected}"):
+    with pytest.raises(ValueError, match=f"labels have shape .* expected {expected} for"):
         sequence_classification_loss(jnp.zeros((2, 3)), labels, kind)
 
 

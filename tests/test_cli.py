@@ -126,7 +126,7 @@ DRAFT, LOOKUP = ["--draft-model", "m"], ["--prompt-lookup-num-tokens", "3"]
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--kv-bits", "4"], "--kv-bits is 4, and --kv-bits 8 is all"),
+        (["--kv-bits", "4"], "--kv-bits is 4, must be 8"),
         (["--num-draft-tokens", "3"], "give --draft-model too"),
         ([*DRAFT, *LOOKUP], "--draft-model and --prompt-lookup-num-tokens do not"),
         ([*LOOKUP, "--json-schema", "f"], "--prompt-lookup-num-tokens and --json-schema do not"),
@@ -237,7 +237,7 @@ def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
     ]
     status, _, err = run(cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
     assert status == 0 and file.read_text() == "mine"
-    for words in ("temperature is -1", "'nonsense'", "'x' is no number", "needs a file name"):
+    for words in ("temperature is -1", "'nonsense'", "'x' must be a number", "needs a file name"):
         assert words in err
     assert "File exists" in err
 

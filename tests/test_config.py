@@ -233,7 +233,7 @@ def test_activations_have_functions():
         ({"num_labels": 0}, ["num_labels is 0", "at least 1"]),
         ({"num_labels": True}, ["num_labels is True", "int"]),
         ({"num_labels": 3, "id2label": {0: "a"}}, ["num_labels is 3", "names 1", "only one"]),
-        ({"id2label": ["a", "b"]}, ["id2label is ['a', 'b']", "Mapping"]),
+        ({"id2label": ["a", "b"]}, ["id2label is ['a', 'b']", "expected Mapping | None"]),
         ({"id2label": {}}, ["id2label is {}", "at least 1"]),
         ({"id2label": {"0": "a", 0: "b"}}, ["id2label", "once"]),
         ({"id2label": {"x": "a"}}, ["id2label has 'x': 'a'", "a number and a name"]),

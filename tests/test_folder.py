@@ -141,7 +141,7 @@ def test_kinds_are_told_apart_by_looking(tmp_path):
     (tmp_path / "neither").mkdir()
     assert folder_kind(tmp_path / "hf") == "hf"
     assert folder_kind(tmp_path / "converted") == "orbax"
-    with pytest.raises(ValueError, match="is not a model folder: it has no model.safetensors"):
+    with pytest.raises(ValueError, match="is not a model folder, which needs one of model.safe"):
         folder_kind(tmp_path / "neither")
     (tmp_path / "converted" / "model.safetensors").touch()
     with pytest.raises(ValueError, match="two models at once"):

@@ -44,6 +44,7 @@ ORDER = [
     {"phi3_jax.checkpoint"},
     {"phi3_jax.text"},
     {"phi3_jax.cli"},
+    {"phi3_jax.doctor"},
     {"convert", "train"},
     {"configs"},
     {"plan"},

@@ -276,7 +276,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise ValueError(f"there is no file {name!r}")
+            raise ValueError(
+                f"there is no file {name!r}; give a .py file that is there, or one of "
+                f"{', '.join(config_names())}"
+            )
         page: Mapping[str, Any] = runpy.run_path(name)
     else:
         if name not in config_names():
@@ -286,7 +289,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
             )
         page = vars(importlib.import_module(f"configs.{name}"))
     if "get_config" not in page:
-        raise ValueError(f"config {name!r} has no function get_config()")
+        raise ValueError(
+            f"config {name!r} has no function get_config(); write one that returns a TrainConfig"
+        )
     config = page["get_config"]()
     values = config.to_dict()
     for override in overrides:
@@ -339,7 +344,7 @@ def _set(values: dict[str, Any], kind: Any, key: str, names: list[str], text: st
     hint = typing.get_type_hints(kind)[name]
     section = section_of(hint)
     if rest and section is None:
-        raise ValueError(f"{key!r}: {name!r} is a value and has no parts")
+        raise ValueError(f"{key!r}: {name!r} is a value and has no parts; set it as a whole")
     if rest:
         if values.get(name) is None:
             values[name] = {}

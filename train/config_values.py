@@ -41,7 +41,7 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{key} is {value!r}, must be a tuple")
         if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise ValueError(f"{key} is {value!r}, it takes {len(inner)} values")
+            raise ValueError(f"{key} is {value!r}, must have {len(inner)} values")
         for item in value:
             _check_type(key, item, inner[0])
     elif not isinstance(value, (int, float) if kind is float else kind) or (

@@ -59,7 +59,10 @@ def make_example(
         if mask_prompt:
             learnt = _answers(messages, ids, tokenizer)
     if not learnt[1:].any():
-        raise ValueError(f"has nothing to learn in its {len(ids)} token(s)")
+        raise ValueError(
+            f"has nothing to learn in its {len(ids)} token(s); after the first, it must have one "
+            "that is learnt"
+        )
     return Example(np.asarray(ids, np.int32), learnt)
 
 
@@ -75,14 +78,14 @@ def _check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "tool" or message.get("tool_calls"):
-            raise ValueError(f"message {index} is of a tool, which is not supported")
+            raise ValueError(f"message {index} is of a tool, which is not supported; take it out")
         if role != "system" and not content.strip():
-            raise ValueError(f"message {index} (role {role!r}) is empty")
+            raise ValueError(f"message {index} (role {role!r}) is empty; it must have some text")
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if "assistant" not in roles:
-        raise ValueError("has no message of the assistant, and so nothing to learn")
+        raise ValueError("has nothing to learn; it must have a message of the assistant")
     if roles[0] == "assistant":
-        raise ValueError("begins with the assistant; before it must be something to answer")
+        raise ValueError("begins with the assistant; there must be something to answer before")
 
 
 def _answers(

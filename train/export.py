@@ -34,7 +34,8 @@ def run_config(run: str | Path) -> TrainConfig:
     path = Path(run).expanduser() / CONFIG_FILE
     if not path.is_file() or not (path.parent / CHECKPOINTS).is_dir():
         raise FileNotFoundError(
-            f"{str(run)!r} is not the folder of a run: it has no {CONFIG_FILE} and {CHECKPOINTS}/"
+            f"{str(run)!r} is not the folder of a run, which must have {CONFIG_FILE} and "
+            f"{CHECKPOINTS}/"
         )
     try:
         return from_dict(read_json_object(path))
@@ -65,9 +66,9 @@ def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tre
         steps = checkpoints.steps
         if not steps or (step is not None and step not in steps):
             raise FileNotFoundError(
-                f"{str(run)!r} has no checkpoint of step {step}; it has those of steps {steps}"
+                f"{str(run)!r} has no checkpoint of step {step}; choose one of the steps {steps}"
                 if steps
-                else f"{str(run)!r} has no checkpoint yet"
+                else f"{str(run)!r} has no checkpoint yet; let the run save one"
             )
         step = steps[-1] if step is None else step
         model = json.loads(json.dumps(setup.model.config.to_dict()))
@@ -190,7 +191,10 @@ def export(
     """
     lora = run_config(run).lora
     if adapter and lora is None:
-        raise ValueError(f"{str(run)!r} trains the model's own weights: it has no adapter")
+        raise ValueError(
+            f"{str(run)!r} trains the model's own weights and has no adapter; export it without "
+            "--adapter"
+        )
     if dtype is not None:
         _check_dtype(dtype)
     check_replaceable(target, force)

@@ -261,7 +261,10 @@ def _stop_at(step: int, bad: dict[str, float], saved: int | None, checkpoints: C
     checkpoints.wait()
     what = ", ".join(f"{name} is {value}" for name, value in bad.items())
     if saved is None:
-        raise FloatingPointError(f"{what} at step {step}, and there is no checkpoint before it")
+        raise FloatingPointError(
+            f"{what} at step {step}, and there is no checkpoint before it; begin anew with a lower "
+            "optimizer.learning_rate"
+        )
     raise FloatingPointError(
         f"{what} at step {step}; the last good checkpoint is {str(checkpoints.path(saved))!r}, "
         f"steps {saved + 1} to {step} came after it"

@@ -40,7 +40,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if warmup < 0 or decay < 0 or warmup + decay > steps:
         raise ValueError(
             f"optimizer.warmup_steps {warmup} and optimizer.decay_steps {config.decay_steps} do "
-            f"not fit a run of {steps} steps"
+            f"not fit a run of {steps} steps; together they must have no more than that"
         )
     rise = optax.linear_schedule(0.0, peak, warmup)
     if config.schedule == "constant":
@@ -186,5 +186,5 @@ def frozen_leaves(
         elif not kept.all():
             partly[path] = kept
     if len(whole) == len(table.weights):
-        raise ValueError(f"optimizer.freeze {patterns} leaves nothing to train")
+        raise ValueError(f"optimizer.freeze {patterns} leaves nothing to train; freeze less")
     return whole, partly

@@ -105,8 +105,8 @@ def save_adapter(
         path: leaf.shape for path, leaf in wanted.items()
     }:
         raise ValueError(
-            "these are not the adapters of this model and these settings; their shapes are "
-            f"{jax.tree.map(np.shape, adapters)}"
+            f"adapters of the shapes {jax.tree.map(np.shape, adapters)} are not those of this "
+            "model and these settings; give those that they were trained with"
         )
     table = AdapterTable(model.config, lora.targets, lora.rank)
     whole = {path: _to_host(leaf, table.shape(path)) for path, leaf in leaves.items()}

@@ -63,7 +63,7 @@ class Records:
 
     def _find(self, index: int) -> tuple[RecordFile, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"there is no record {index}, there are {len(self)}")
+            raise IndexError(f"the record is {index}, must be at least 0 and below {len(self)}")
         number = bisect_right(self._starts, index) - 1
         return self.files[number], index - self._starts[number]
 
@@ -117,7 +117,10 @@ def _files_of(path: str, split: str | None) -> list[Path]:
         return [Path(path)]
     found = [Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     if not found:
-        raise FileNotFoundError(f"there is no file, no folder and no match of a glob {path!r}")
+        raise FileNotFoundError(
+            f"there is no file, no folder and no match of a glob {path!r}; relative paths begin in "
+            f"{os.getcwd()!r}"
+        )
     return sorted(found)
 
 
@@ -256,7 +259,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
+        raise ValueError("is nested too deeply; messages need two levels") from error
     if not isinstance(value, dict):
         raise ValueError(f"is a JSON {type(value).__name__}, must be an object")
     return value

@@ -212,7 +212,10 @@ class Setup:
             for name in ("rank", "alpha", "targets", "rslora")
             if getattr(found, name) != getattr(wanted, name)
         ]:
-            raise ValueError(f"lora.path {lora.path!r} is another adapter: {'; '.join(different)}")
+            raise ValueError(
+                f"lora.path {lora.path!r} is another adapter; set these alike: "
+                f"{', '.join(different)}"
+            )
         return adapters
 
     def _load_on_host(self, source: Path, dtype: str) -> Tree | None:
@@ -259,7 +262,7 @@ def make_model(config: TrainConfig, source: Path, mesh: Mesh | None) -> phi3.Phi
     shape = phi3.Phi3Config.from_pretrained(source)
     if config.data.sequence_length > shape.max_position_embeddings:
         raise ValueError(
-            f"data.sequence_length is {config.data.sequence_length}, the model has "
+            f"data.sequence_length is {config.data.sequence_length}, must be at most the model's "
             f"{shape.max_position_embeddings} positions (max_position_embeddings)"
         )
     return phi3.Phi3ForCausalLM(
@@ -293,7 +296,7 @@ def check_finite(params: Tree, what: str) -> None:
     ]:
         raise ValueError(
             f"weights of {what!r} are NaN or infinite: {', '.join(bad)}; nothing can be learnt "
-            "from them"
+            "from them: begin with others"
         )
 
 

@@ -183,7 +183,7 @@ class GenerationConfig:
           ValueError: for an unknown name, with the nearest known ones, and values out of range.
         """
         if "extra" in settings:
-            raise ValueError("unknown generation setting 'extra'")
+            raise ValueError("unknown generation setting 'extra'; give each setting by its name")
         return cls(**settings)
 
     @classmethod

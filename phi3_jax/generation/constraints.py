@@ -87,7 +87,7 @@ class PrefixAllowed:
             bad = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise ValueError(
                 f"prefix_allowed_tokens_fn allows {bad}, outside the vocabulary of "
-                f"{self._vocab_size}"
+                f"{self._vocab_size}; let it return ids of the model's tokenizer"
             )
         return allowed_bits(ids, self._vocab_size)
 

@@ -234,7 +234,10 @@ class Request:
     def step(self) -> None:
         """Chooses one more token of every row."""
         if self.seen.step >= self.max_new_tokens:
-            raise ValueError(f"all {self.max_new_tokens} tokens that were asked for are there")
+            raise ValueError(
+                f"all {self.max_new_tokens} tokens that were asked for are there; begin with a "
+                "larger max_new_tokens"
+            )
         self.cross()
         allowed_BW = replicate(self.allowed(), self.mesh)
         self.state, outputs = decode_step(

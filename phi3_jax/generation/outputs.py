@@ -64,7 +64,7 @@ def compute_transition_scores(
       ValueError: for scores that are None or of fewer steps than there are new tokens.
     """
     if scores is None:
-        raise ValueError("there are no scores: generate with output_scores=True")
+        raise ValueError("there are no scores; generate with output_scores=True")
     sequences = np.asarray(sequences)
     stacked_SBV = np.stack([np.asarray(step) for step in scores])
     if normalize_logits:

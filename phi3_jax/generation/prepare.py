@@ -63,7 +63,7 @@ def prepare(
     begun = time.monotonic()
     if not isinstance(model, Phi3ForCausalLM):
         raise ValueError(
-            f"{type(model).__name__} has no head to generate with: Phi3ForCausalLM has"
+            f"{type(model).__name__} has no head to generate with; use Phi3ForCausalLM"
         )
     logits_processor, stopping_criteria = logits_processor or (), stopping_criteria or ()
     _check_kinds(
@@ -95,7 +95,9 @@ def prepare(
     negative_given = negative_prompt_ids is not None or negative_prompt_attention_mask is not None
     _check_together(settings, assisted, assistant, constraints, guided, negative_given, cache)
     if negative_prompt_ids is None and negative_given:
-        raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids")
+        raise ValueError(
+            "negative_prompt_attention_mask came without negative_prompt_ids; give both"
+        )
 
     prompt = input_ids.shape[1]
     max_new_tokens = settings.new_tokens(prompt, config.max_position_embeddings)
@@ -346,7 +348,8 @@ def _cache_before(
     wanted_RS = np.take_along_axis(rows.mask, np.minimum(columns_RS, width - 1), axis=1)
     if not np.array_equal(held_RS, wanted_RS & (columns_RS < kept)):
         raise ValueError(
-            "the cache holds other rows than attention_mask says: padding is not where it was"
+            "the cache holds other rows than attention_mask says: padding is not where it was; "
+            "give the rows padded as they were"
         )
     # What was computed with the short factors is of no use to a row that has become long.
     was_long_R, is_long_R = (

@@ -194,7 +194,7 @@ def _check_model(what: str, theirs: dict[str, Any], config: Phi3Config) -> None:
         if theirs[name] != ours[name]:
             raise ValueError(
                 f"{what} was made by another model: its {name} is {theirs[name]}, that of this "
-                f"model {ours[name]}"
+                f"model {ours[name]}; make it again with this one"
             )
 
 

@@ -126,7 +126,7 @@ class TextGenerator:
         """What `prepare` is called with."""
         for name in settings:
             if name in _NOT_TAKEN:
-                raise ValueError(f"TextGenerator takes no {name}: {_NOT_TAKEN[name]}")
+                raise ValueError(f"TextGenerator takes no {name}; {_NOT_TAKEN[name]}")
         prompt = self.encode(messages)
         settings = with_implied_sampling(settings)
         asked = GenerationConfig.from_call({k: v for k, v in settings.items() if k in _FIELDS})

@@ -100,7 +100,7 @@ class Tokenizer:
           ValueError: where text is not a string of characters.
         """
         if not isinstance(text, str):
-            raise ValueError(f"encode takes one string, got a {type(text).__name__}")
+            raise ValueError(f"text is a {type(text).__name__}, must be one string")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -233,7 +233,8 @@ class Tokenizer:
     def _framing(self, name: str) -> list[int]:
         if (id := self._named_id(name)) is None:
             raise ValueError(
-                f"tokenizer_config.json asks to add the {name} to every text, but names none"
+                f"tokenizer_config.json asks to add the {name} to every text, but names none; "
+                f"give it one, or set add_{name} to false"
             )
         return [id]
 

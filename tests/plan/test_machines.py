@@ -36,7 +36,7 @@ def test_what_to_write_for_a_name_that_is_none(topology, instead):
 def test_slices_are_counted_from_one_and_of_tpus():
     with pytest.raises(ValueError, match="0 slices of v5e:2x4"):
         machine("v5e:2x4", 0)
-    with pytest.raises(ValueError, match="GPUs have no slices, got 2: h100:2x8 is two hosts"):
+    with pytest.raises(ValueError, match="GPUs have no slices, got 2; write h100:2x8 for two"):
         machine("h100:8", 2)
 
 

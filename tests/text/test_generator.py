@@ -72,7 +72,7 @@ def test_the_folder_counts_unless_it_is_left_out(chat):
 )
 def test_what_is_not_taken_is_refused_in_words(chat, name):
     for ask in (chat, chat.stream):
-        with pytest.raises(ValueError, match=f"TextGenerator takes no {name}: "):
+        with pytest.raises(ValueError, match=f"TextGenerator takes no {name}; "):
             ask(QUESTION, **{name: object()})
 
 

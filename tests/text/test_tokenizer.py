@@ -159,7 +159,7 @@ def test_encode_refuses_what_is_no_text(toys):
     for tokenizer in toys:
         with pytest.raises(ValueError, match=r"text\[2\] is '\\ud83d'"):
             tokenizer.encode("ab\ud83d")
-        with pytest.raises(ValueError, match="got a list"):
+        with pytest.raises(ValueError, match="text is a list, must be one string"):
             tokenizer.encode(["ab"])
 
 

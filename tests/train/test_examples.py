@@ -210,7 +210,7 @@ def chat(*turns):
         (chat(("user", "a"), ("assistant", None)), "message 1 .* content of type NoneType"),
         (chat(("user", "a"), ("assistant", " \n")), r"message 1 \(role 'assistant'\) is empty"),
         (chat(("user", ""), ("assistant", "a")), r"message 0 \(role 'user'\) is empty"),
-        (chat(("system", "a"), ("user", "b")), "no message of the assistant"),
+        (chat(("system", "a"), ("user", "b")), "must have a message of the assistant"),
         (chat(("system", "a"), ("assistant", "b"), ("user", "c")), "begins with the assistant"),
     ],
 )

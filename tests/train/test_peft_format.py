@@ -270,6 +270,6 @@ def test_adapters_of_other_settings_are_not_saved(tmp_path):
     model = model_of()
     adapters = random_adapters(model)
     for lora in (dataclasses.replace(LORA, rank=4), dataclasses.replace(LORA, targets=TARGETS[:2])):
-        with pytest.raises(ValueError, match="not the adapters of this model and these settings"):
+        with pytest.raises(ValueError, match="not those of this model and these settings"):
             save_adapter(tmp_path / "adapter", model, adapters, lora, "a/model")
     assert not list(tmp_path.iterdir())

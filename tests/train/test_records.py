@@ -85,7 +85,7 @@ def test_files_of_a_split_follow_one_another(tmp_path, monkeypatch, ending):
     second = {"jsonl": ":2", "parquet": " row 1", "arrayrecord": " row 1"}[ending]
     assert records.where(2) == str(tmp_path / f"train-1.{ending}") + second
     for index in (-1, 4):
-        with pytest.raises(IndexError, match="there are 4"):
+        with pytest.raises(IndexError, match="at least 0 and below 4"):
             records[index]
 
 

@@ -52,7 +52,7 @@ def test_processes_that_share_a_folder_own_it_together(tmp_path):
 
 def test_a_folder_that_one_process_does_not_see_is_refused(tmp_path):
     first, second = two_processes([tmp_path / "here" / "run", tmp_path / "there" / "run"])
-    assert first == "RuntimeError process 1 failed, and says why"
+    assert first == "RuntimeError process 1 failed; the reason must be in its own output"
     assert second.startswith("ValueError process 1 does not see the folder")
     assert "file system that all hosts share" in second
 

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from importlib import resources
@@ -18,6 +20,9 @@ CONFIG_FILE = "config.json"
 
 # What a config says that was not made for another class.
 _ARCHITECTURES = ["Phi3ForCausalLM"]
+
+# Microsoft's model code, which most folders of the family name and this library does the work of.
+_PHI3_CODE = {"configuration_phi3", "modeling_phi3"}
 
 # What `hidden_act` may be; layers.py holds the functions under the same names.
 ACTIVATIONS = (
@@ -180,6 +185,7 @@ class Phi3Config:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        warn_of_code(path, values)
         for name in overrides:
             if name not in _names():
                 raise ValueError(unknown_name("config field", name, sorted(_names())))
@@ -261,6 +267,17 @@ def as_token_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, 
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def warn_of_code(path: Path, values: Mapping[str, Any]) -> None:
+    """Warns where a file's auto_map names other code than Phi-3's own: none is ever run."""
+    named = json.dumps(values.get("auto_map"))
+    if set(re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', named)) - _PHI3_CODE:
+        warnings.warn(
+            f"{path}: auto_map names code, which is not run; the model is Phi-3 as it is here: "
+            f"{named}",
+            stacklevel=3,
+        )
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

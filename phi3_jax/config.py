@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -13,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.frozen_mapping import FrozenMapping, freeze, thaw
-from phi3_jax.rope_parameters import standard_rope
+from phi3_jax.rope_parameters import MAX_FLOAT, standard_rope
 
 MODEL_TYPE = "phi3"
 CONFIG_FILE = "config.json"
 
 # What a config says that was not made for another class.
 _ARCHITECTURES = ["Phi3ForCausalLM"]
+
+# Sizes, positions and ids are int32 in arrays.
+_MAX_INT = 2**31 - 1
+_MAX_LABELS = 1_000_000
 
 # Microsoft's model code, which most folders of the family name and this library does the work of.
 _PHI3_CODE = {"configuration_phi3", "modeling_phi3"}
@@ -181,8 +184,8 @@ class Phi3Config:
             raise FileNotFoundError(f"no {CONFIG_FILE} in {str(folder)!r}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON that can be read: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
         warn_of_code(path, values)
@@ -289,18 +292,19 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
 
 def _check_fields(config: Phi3Config) -> None:
     """Type and range of every field taken alone."""
-    positive = ("at least 1", lambda x: x >= 1)
+    positive = (f"at least 1, at most {_MAX_INT}", lambda x: 1 <= x <= _MAX_INT)
+    identity = (f"at least 0, at most {_MAX_INT}", lambda x: 0 <= x <= _MAX_INT)
     rate = ("in [0, 1)", lambda x: 0 <= x < 1)
-    above_zero = ("a finite number above 0", lambda x: 0 < x < math.inf)
+    above_zero = ("a finite number above 0", lambda x: 0 < x <= MAX_FLOAT)
     table = [
         (int, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), positive),
         (int, ("num_attention_heads", "max_position_embeddings"), positive),
         (int, ("original_max_position_embeddings",), positive),
         (int | None, ("num_key_value_heads", "head_dim", "sliding_window"), positive),
-        (int | None, ("bos_token_id", "pad_token_id"), ("at least 0", lambda x: x >= 0)),
+        (int | None, ("bos_token_id", "pad_token_id"), identity),
         (float, ("resid_pdrop", "embd_pdrop", "attention_dropout"), rate),
         (float, ("rms_norm_eps",), above_zero),
-        (float, ("initializer_range",), ("0 or above", lambda x: 0 <= x < math.inf)),
+        (float, ("initializer_range",), ("0 or above", lambda x: 0 <= x <= MAX_FLOAT)),
         (int | float | None, ("classifier_dropout", "hidden_dropout"), rate),
         (bool, ("use_cache", "tie_word_embeddings", "token_classification_bias"), None),
         (
@@ -322,7 +326,7 @@ def _check_fields(config: Phi3Config) -> None:
             if limit and value is not None and not limit[1](value):
                 raise ValueError(f"{name} is {value!r}, must be {limit[0]}")
     for token in as_token_ids(config.eos_token_id):
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if not isinstance(token, int) or isinstance(token, bool) or not identity[1](token):
             raise ValueError(
                 f"eos_token_id is {config.eos_token_id!r}, expected an id, a list of ids or None"
             )
@@ -352,10 +356,11 @@ def _check_heads(config: Phi3Config) -> None:
 
 
 def _divisors(number: int, near: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = max(d for d in divisors if d <= near) if near <= number else number
-    above = min((d for d in divisors if d > near), default=below)
-    return f"{below}" if above == below else f"{below} or {above}"
+    """The nearest divisors of a number, as far as they are not too far to look for."""
+    near = min(near, number)
+    below, above = range(near, 0, -1)[:10_000], range(near, number + 1)[:10_000]
+    found = [next((d for d in some if number % d == 0), None) for some in (below, above)]
+    return " or ".join(sorted({str(d) for d in found if d}, key=int)) or "1"
 
 
 def _label_names(count: int) -> dict[int, str]:
@@ -368,8 +373,13 @@ def _inverse(id2label: Mapping[int, str]) -> dict[str, int]:
 
 def _standard_id2label(given: Mapping[Any, str] | None, num_labels: int | None) -> FrozenMapping:
     """`id2label` with ints as keys, which JSON has as strings."""
-    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
-        raise ValueError(f"num_labels is {num_labels!r}, must be an int of at least 1")
+    # A name is made for each.
+    if num_labels is not None and (
+        type(num_labels) is not int or not 1 <= num_labels <= _MAX_LABELS
+    ):
+        raise ValueError(
+            f"num_labels is {num_labels!r}, must be an int of at least 1, at most {_MAX_LABELS}"
+        )
     if given is None:
         return FrozenMapping(_label_names(2 if num_labels is None else num_labels))
     for key, label in given.items():

@@ -158,7 +158,7 @@ def open_arrays(
         metadata = json.loads((params_folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
         written = metadata["custom_metadata"]
         keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(params_folder)!r} is not a checkpoint: {_brief(error)}") from error
     quantized = written.get("quantized")
     known = quantized in (None, *QUANTIZATIONS)

@@ -103,7 +103,7 @@ class SafetensorsFolder:
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
             # Files elsewhere are none of this folder's.
             return {str(name): Path(file).name for name, file in index.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.problems.append(f"{INDEX_FILE}: not an index of safetensors ({error!r})")
             return {}
 

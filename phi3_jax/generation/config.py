@@ -210,7 +210,7 @@ class GenerationConfig:
             known = {k: v for k, v in values.items() if k in names and v is not None}
             extra = {k: v for k, v in values.items() if k not in names}
             return cls(**known, extra=extra)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def over(self, base: "GenerationConfig") -> "GenerationConfig":

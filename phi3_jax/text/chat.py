@@ -75,8 +75,9 @@ def render_chat(
       add_generation_prompt: whether to end with the opening of the assistant's answer.
 
     Raises:
-      ValueError: for a message that is none, with its index; and with the template's own words
-        where the template raises or fails.
+      ValueError: for a message that is none, with its index; with the template's own words where
+        the template raises or fails; and where it does not end (sandbox.MAX_SECONDS,
+        sandbox.MAX_CHARACTERS).
     """
     plain = _plain_messages(messages, _ROLES if template is None else (*_ROLES, "tool"))
     try:

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import json
-import math
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from importlib import resources
@@ -12,7 +13,7 @@ from typing import Any
 
 from phi3_jax.frozen_mapping import FrozenMapping, freeze, thaw
 from phi3_jax.json_files import read_json_object
-from phi3_jax.rope_parameters import standard_rope
+from phi3_jax.rope_parameters import MAX_FLOAT, standard_rope
 
 MODEL_TYPE = "phi3"
 CONFIG_FILE = "config.json"
@@ -21,6 +22,13 @@ CONFIG_FILE = "config.json"
 _ARCHITECTURES = ["Phi3ForCausalLM"]
 # A hundred times the deepest of the family: what is listed of each must not exhaust the memory.
 _MOST_LAYERS = 4000
+
+# Sizes, positions and ids are int32 in arrays.
+_MAX_INT = 2**31 - 1
+_MAX_LABELS = 1_000_000
+
+# Microsoft's model code, which most folders of the family name and this library does the work of.
+_PHI3_CODE = {"configuration_phi3", "modeling_phi3"}
 
 # What `hidden_act` may be; layers.py holds the functions under the same names.
 ACTIVATIONS = (
@@ -180,6 +188,7 @@ class Phi3Config:
                 f"no {CONFIG_FILE} in {str(folder)!r}; name the folder of a model"
             )
         values = read_json_object(path)
+        warn_of_code(path, values)
         for name in overrides:
             if name not in _names():
                 raise ValueError(unknown_name("config field", name, sorted(_names())))
@@ -263,6 +272,17 @@ def as_token_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, 
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def warn_of_code(path: Path, values: Mapping[str, Any]) -> None:
+    """Warns where a file's auto_map names other code than Phi-3's own: none is ever run."""
+    named = json.dumps(values.get("auto_map"))
+    if set(re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', named)) - _PHI3_CODE:
+        warnings.warn(
+            f"{path}: auto_map names code, which is not run; the model is Phi-3 as it is here: "
+            f"{named}",
+            stacklevel=3,
+        )
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """The message for a name that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -272,20 +292,21 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
 
 def _check_fields(config: Phi3Config) -> None:
     """Type and range of every field taken alone."""
-    positive = ("at least 1", lambda x: x >= 1)
+    positive = (f"at least 1, at most {_MAX_INT}", lambda x: 1 <= x <= _MAX_INT)
+    identity = (f"at least 0, at most {_MAX_INT}", lambda x: 0 <= x <= _MAX_INT)
     few = (f"from 1 to {_MOST_LAYERS}", lambda x: 1 <= x <= _MOST_LAYERS)
     rate = ("in [0, 1)", lambda x: 0 <= x < 1)
-    above_zero = ("a finite number above 0", lambda x: 0 < x < math.inf)
+    above_zero = ("a finite number above 0", lambda x: 0 < x <= MAX_FLOAT)
     table = [
         (int, ("vocab_size", "hidden_size", "intermediate_size"), positive),
         (int, ("num_hidden_layers",), few),
         (int, ("num_attention_heads", "max_position_embeddings"), positive),
         (int, ("original_max_position_embeddings",), positive),
         (int | None, ("num_key_value_heads", "head_dim", "sliding_window"), positive),
-        (int | None, ("bos_token_id", "pad_token_id"), ("at least 0", lambda x: x >= 0)),
+        (int | None, ("bos_token_id", "pad_token_id"), identity),
         (float, ("resid_pdrop", "embd_pdrop", "attention_dropout"), rate),
         (float, ("rms_norm_eps",), above_zero),
-        (float, ("initializer_range",), ("0 or above", lambda x: 0 <= x < math.inf)),
+        (float, ("initializer_range",), ("0 or above", lambda x: 0 <= x <= MAX_FLOAT)),
         (int | float | None, ("classifier_dropout", "hidden_dropout"), rate),
         (bool, ("use_cache", "tie_word_embeddings", "token_classification_bias"), None),
         (
@@ -308,7 +329,7 @@ def _check_fields(config: Phi3Config) -> None:
             if limit and value is not None and not limit[1](value):
                 raise ValueError(f"{name} is {value!r}, must be {limit[0]}")
     for token in as_token_ids(config.eos_token_id):
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if not isinstance(token, int) or isinstance(token, bool) or not identity[1](token):
             raise ValueError(
                 f"eos_token_id is {config.eos_token_id!r}, expected an id, a list of ids or None"
             )
@@ -338,10 +359,11 @@ def _check_heads(config: Phi3Config) -> None:
 
 
 def _divisors(number: int, near: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = max(d for d in divisors if d <= near) if near <= number else number
-    above = min((d for d in divisors if d > near), default=below)
-    return f"{below}" if above == below else f"{below} or {above}"
+    """The nearest divisors of a number, as far as they are not too far to look for."""
+    near = min(near, number)
+    below, above = range(near, 0, -1)[:10_000], range(near, number + 1)[:10_000]
+    found = [next((d for d in some if number % d == 0), None) for some in (below, above)]
+    return " or ".join(sorted({str(d) for d in found if d}, key=int)) or "1"
 
 
 def _label_names(count: int) -> dict[int, str]:
@@ -354,8 +376,13 @@ def _inverse(id2label: Mapping[int, str]) -> dict[str, int]:
 
 def _standard_id2label(given: Mapping[Any, str] | None, num_labels: int | None) -> FrozenMapping:
     """`id2label` with ints as keys, which JSON has as strings."""
-    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
-        raise ValueError(f"num_labels is {num_labels!r}, must be an int of at least 1")
+    # A name is made for each.
+    if num_labels is not None and (
+        type(num_labels) is not int or not 1 <= num_labels <= _MAX_LABELS
+    ):
+        raise ValueError(
+            f"num_labels is {num_labels!r}, must be an int of at least 1, at most {_MAX_LABELS}"
+        )
     if given is None:
         return FrozenMapping(_label_names(2 if num_labels is None else num_labels))
     for key, label in given.items():

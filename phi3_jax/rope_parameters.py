@@ -1,12 +1,15 @@
 """`rope_parameters` in one form, out of all the forms that a config.json may have."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from phi3_jax.frozen_mapping import FrozenMapping
 
 _LONGROPE_NAMES = ("longrope", "su", "yarn")
+# JSON has integers beyond it, which are below infinity and no floats.
+MAX_FLOAT = sys.float_info.max
 _FACTORS = ("short_factor", "long_factor")
 
 
@@ -50,7 +53,7 @@ def standard_rope(
             f"rope_type is {rope_type!r}; Phi-3 has 'default' and 'longrope' "
             "(also written 'su' or 'yarn')"
         )
-    _check_number(rope, "rope_theta", "above 0", lambda x: 0 < x < math.inf)
+    _check_number(rope, "rope_theta", "above 0", lambda x: 0 < x <= MAX_FLOAT)
     _check_number(rope, "partial_rotary_factor", "in (0, 1]", lambda x: 0 < x <= 1)
     rotary_dim = int(config.head_dim * rope["partial_rotary_factor"])
     if rotary_dim < 2 or rotary_dim % 2:
@@ -68,7 +71,7 @@ def standard_rope(
         if rope.get(name) is None:
             rope.pop(name, None)
         else:
-            _check_number(rope, name, "above 0", lambda x: 0 < x < math.inf)
+            _check_number(rope, name, "above 0", lambda x: 0 < x <= MAX_FLOAT)
     # The reference lets the top-level field win over one inside.
     original = config.original_max_position_embeddings
     if original < 2:
@@ -101,5 +104,5 @@ def _check_factors(rope: dict[str, Any], rope_type: str, name: str, length: int)
         )
     for index, value in enumerate(factors):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
+        if not number or not 0 < value <= MAX_FLOAT:
             raise ValueError(f"{name}[{index}] is {value!r}, must be a finite number above 0")

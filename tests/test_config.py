@@ -210,6 +210,12 @@ def test_activations_have_functions():
     [
         ({"hidden_size": "64"}, ["hidden_size", "'64'", "int"]),
         ({"hidden_size": 0}, ["hidden_size is 0", "at least 1"]),
+        ({"head_dim": 10**400}, ["head_dim is 1000", "at most 2147483647"]),
+        ({"hidden_size": 2**31 - 1, "num_attention_heads": 2**30}, ["hidden_size", "1 heads"]),
+        ({"eos_token_id": 2**31}, ["eos_token_id is 2147483648"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps is 1000", "finite"]),
+        ({"rope_theta": 10**400}, ["rope_theta is 1000", "above 0"]),
+        ({"num_labels": 10**12}, ["num_labels is 1000", "at most 1000000"]),
         ({"num_hidden_layers": True}, ["num_hidden_layers", "True", "int"]),
         ({"attention_dropout": 1.0}, ["attention_dropout", "[0, 1)"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps", "above 0"]),
@@ -272,7 +278,13 @@ def test_other_models_are_refused():
 
 
 @pytest.mark.parametrize(
-    "text, words", [("{", "is not JSON"), ("[]", "list"), ('{"hidden_size": -1}', "config.json")]
+    "text, words",
+    [
+        ("{", "is not JSON"),
+        pytest.param("[" * 10**5, "is not JSON", id="deep"),
+        ("[]", "list"),
+        ('{"hidden_size": -1}', "config.json"),
+    ],
 )
 def test_broken_files_are_named(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)

@@ -1,7 +1,8 @@
 """Chat templates: a list of messages becomes the text a chat model was trained to continue.
 
-Templates come with a model's folder and are programs by strangers: they run in jinja2's sandbox,
-see plain JSON data only, and whatever goes wrong inside one is reported as a ValueError.
+Templates come with a model's folder and are programs by strangers: they run in a sandbox that also
+ends their time and memory, see plain JSON data only, and whatever goes wrong inside one is reported
+as a ValueError.
 """
 
 import functools
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from phi3_jax.text.sandbox import Sandbox, limited
 
 # Phi-3's own format, for folders that bring no template: a system message only when it says
 # something, and eos_token after a conversation that is not to be continued.
@@ -76,12 +78,15 @@ def render_chat(
       add_generation_prompt: whether to end with the opening of the assistant's answer.
 
     Raises:
-      ValueError: for a message that is none, with its index; and with the template's own words
-        where the template raises or fails.
+      ValueError: for a message that is none, with its index; with the template's own words where
+        the template raises or fails; and where it does not end (sandbox.MAX_SECONDS,
+        sandbox.MAX_CHARACTERS).
     """
     plain = _plain_messages(messages, _ROLES if template is None else (*_ROLES, "tool"))
     try:
-        return _compile(PHI3_TEMPLATE if template is None else template).render(
+        return limited(
+            _render,
+            PHI3_TEMPLATE if template is None else template,
             messages=plain,
             add_generation_prompt=add_generation_prompt,
             tools=None,
@@ -124,12 +129,16 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], roles: Sequence[str])
         raise ValueError(f"messages must be plain JSON data: {error}") from error
 
 
+def _render(template: str, **values: Any) -> str:
+    return _compile(template).render(**values)
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment.from_string(template, globals=functions)
 

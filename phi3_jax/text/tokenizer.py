@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from phi3_jax.config import warn_of_code
 from phi3_jax.folder import find_folder
 from phi3_jax.text.chat import PHI3_CHAT_TOKENS, load_chat_template, render_chat
 from phi3_jax.text.vocabulary import AddedToken, Vocabulary, read_json, read_vocabulary
@@ -64,6 +65,7 @@ class Tokenizer:
         """
         folder = find_folder(folder)
         config = read_json(folder / "tokenizer_config.json")
+        warn_of_code(folder / "tokenizer_config.json", config)
         vocabulary, added, named = read_vocabulary(folder, config)
         return cls(
             vocabulary,

@@ -30,6 +30,7 @@ FIELDS = [
     ({"vocab_size": True}, "vocab_size is True"),
     ({"vocab_size": [97]}, r"vocab_size is \[97\]"),
     ({"vocab_size": 0}, "vocab_size is 0, must be at least 1"),
+    ({"vocab_size": 10**18}, "vocab_size is 1000000000000000000, must be .* at most 2147483647"),
     ({"hidden_size": "64"}, "hidden_size is '64'"),
     ({"hidden_size": -64}, "hidden_size is -64"),
     ({"hidden_size": 1e400}, "hidden_size is inf"),
@@ -121,7 +122,7 @@ NEIGHBOURS = [
     ({"num_hidden_layers": 1}, "layers.1.*: unexpected"),
     ({"tie_word_embeddings": True}, "lm_head.weight: differs from model.embed_tokens.weight"),
     ({"num_hidden_layers": 4000}, "and 23942 more$"),
-    ({"vocab_size": 10**18}, "the config makes it"),
+    ({"vocab_size": 10**9}, "the config makes it"),
 ]
 
 # The file itself.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_jax.interrupts import ctrl_c_ends_imports
+
 if TYPE_CHECKING:
     from plan.figures import Figures
     from plan.machines import Machine
@@ -298,7 +300,8 @@ def _say(text: str) -> None:
 def main() -> None:
     """Runs the command line; what the user can mend is one line on stderr."""
     try:
-        app()
+        with ctrl_c_ends_imports():
+            app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         lacks = isinstance(error, ModuleNotFoundError) and error.name == "optax"
         if not (_is_ours(error) or lacks or isinstance(error, OSError)):

@@ -12,6 +12,7 @@ ORDER = [
     {
         "phi3_jax.compilation_cache",
         "phi3_jax.frozen_mapping",
+        "phi3_jax.interrupts",
         "phi3_jax.read_ahead",
         "phi3_jax.safetensors_files",
         "phi3_jax.timing",

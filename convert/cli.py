@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from phi3_jax.interrupts import ctrl_c_ends_imports
+
 app = typer.Typer(
     help="Convert Phi-3 weights between Hugging Face safetensors and Orbax, bit by bit.",
     no_args_is_help=True,
@@ -110,7 +112,8 @@ def main() -> None:
     # Orbax starts JAX, which would take a TPU or the memory of a GPU. Nothing here needs them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        app()
+        with ctrl_c_ends_imports():
+            app()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,6 +1,7 @@
 """The commands `phi3-generate` and `phi3-chat`."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from phi3_jax import compilation_cache
+from phi3_jax.interrupts import ctrl_c_ends_imports
 from phi3_jax.timing import Timing
 
 EMBEDDED_MODEL = Path(__file__).parent / "tiny_demo"
@@ -69,8 +71,11 @@ def run_command(function: Callable[..., None]) -> None:
     """Runs a typer command; an error that is the user's becomes one line and exit status 1."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=compilation_cache.HELP)(function)
+    if sys.stdin is None:  # closed by the shell: <&-
+        sys.stdin = open(os.devnull)
     try:
-        app()
+        with ctrl_c_ends_imports():
+            app()
     except (ValueError, OSError, UserError) as error:
         say(f"error: {error}")
         sys.exit(1)
@@ -110,7 +115,7 @@ def load_generator(model: str | None, dtype: str, cache_length: int | None):
             "No --model given: using the embedded phi3-tiny-demo, a very small model for trying "
             "things out. It is not Phi-3."
         )
-    folder, network, params = load_model(model or str(EMBEDDED_MODEL), dtype)
+    folder, network, params = load_model(str(EMBEDDED_MODEL) if model is None else model, dtype)
     tokenizer = phi3.Tokenizer.from_pretrained(folder)
     return phi3.TextGenerator(network, params, tokenizer, cache_length=cache_length)
 

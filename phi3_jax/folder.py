@@ -41,13 +41,21 @@ def find_folder(name: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: where there is no such folder and none can be downloaded.
-      ValueError: for a file, and for what an interrupted run left behind.
+      ValueError: for a file, for a folder with an adapter alone, and for what an interrupted run
+        left behind.
     """
+    if name == "":  # a variable of the shell that was not set; as a path it is the folder here
+        raise ValueError("the name of the model folder is empty")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if re.match(rf"\..*{_PARTIAL}", folder.resolve().name):
             raise ValueError(
                 f"{str(name)!r} was left unfinished by an interrupted run; run that again"
+            )
+        if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{str(name)!r} holds an adapter, expected a model folder; without --adapter "
+                "`phi3-train export` writes the model with the adapter in it"
             )
         return folder
     if folder.exists():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_jax.interrupts import ctrl_c_ends_imports
+
 if TYPE_CHECKING:
     from plan.figures import Figures
     from plan.machines import Machine
@@ -301,7 +303,8 @@ def main() -> None:
     argument or a setting is wrong, and 1 where something is missing.
     """
     try:
-        app()
+        with ctrl_c_ends_imports():
+            app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         lacks = isinstance(error, ModuleNotFoundError) and error.name == "optax"
         if not (_is_ours(error) or lacks or isinstance(error, OSError)):

@@ -33,6 +33,11 @@ def pytest_addoption(parser):
         default="0",
         help="draws the configs that tests/parity compares (default 0)",
     )
+    parser.addoption(
+        "--weights",
+        metavar="DIR",
+        help="real weights of phi-3-mini for tests/weights, which says more (default: left out)",
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,7 @@ def run(monkeypatch, capsys):
 
     def call(entry, *arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["phi3", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", None if stdin is None else io.StringIO(stdin))
         status = 0
         try:
             entry()
@@ -191,6 +191,7 @@ def test_what_beams_took_is_said_together(run, asked):
     [
         (["hi", "--json-schema", "no/such-file"], "no/such-file"),
         (["hi", "--model", "no/such-folder-here-at-all/x"], "no/such-folder"),
+        (["hi", "--model", ""], "the name of the model folder is empty"),
         (["hi", "--temperature", "-1"], "temperature is -1"),
         (["hi", "--cache-length", "3"], "leaves none for an answer"),
         (["hi", "--dtype", "int8"], "int8"),
@@ -207,6 +208,17 @@ def test_help_says_where_compiled_programs_are(run):
     for entry in (cli.generate_command, cli.chat_command):
         status, out, _ = run(entry, "--help")
         assert status == 0 and "JAX_ENABLE_COMPILATION_CACHE=false" in out
+
+
+def test_a_closed_input_is_an_empty_one(run, monkeypatch):
+    monkeypatch.setattr(cli, "load_generator", lambda *_: None)
+    for entry, arguments, status in (
+        (cli.generate_command, ["-"], 1),
+        (cli.chat_command, [], 0),
+    ):
+        found, out, err = run(entry, *arguments, stdin=None)
+        assert found == status and not out
+    assert "> " in err
 
 
 def test_unknown_options_are_usage_errors(run):

@@ -173,6 +173,14 @@ def test_missing_folders_and_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="'file' is a file, expected a model folder"):
         find_folder("file")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="'adapter' holds an adapter, expected a model folder"):
+        find_folder("adapter")
+    (tmp_path / "adapter" / "config.json").touch()  # a model that has adapters beside its weights
+    assert find_folder("adapter") == Path("adapter") and find_folder(".") == Path(".")
+    with pytest.raises(ValueError, match="the name of the model folder is empty"):
+        find_folder("")
     for name in ("missing", "./missing/folder", tmp_path / "missing", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="there is no folder"):
             find_folder(name)

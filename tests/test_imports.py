@@ -13,6 +13,7 @@ ORDER = [
     {
         "phi3_jax.compilation_cache",
         "phi3_jax.frozen_mapping",
+        "phi3_jax.interrupts",
         "phi3_jax.read_ahead",
         "phi3_jax.timing",
     },

@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from phi3_jax import compilation_cache
+from phi3_jax.interrupts import ctrl_c_ends_imports
+from train.config import config_names, load_config
 
 app = typer.Typer(
     help="Fine-tune Phi-3: `phi3-train CONFIG section.name=value ...` starts a run, or goes on "
-    "with one. CONFIG is a page of configs/ or a .py file with get_config().",
+    f"with one. CONFIG is one of {', '.join(config_names())}, or a .py file with get_config().",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,8 +31,6 @@ Step = Annotated[int | None, typer.Option(help="A checkpoint's step; by default 
 @app.command("run", epilog=compilation_cache.HELP)
 def _run(config: ConfigName, overrides: Overrides = None) -> None:
     """Fine-tune; `run` itself may be left out. Status 75: told to stop, saved, to be run again."""
-    from train.config import load_config
-
     loaded = load_config(config, overrides or ())
     from train.distributed import initialize
 
@@ -47,8 +47,6 @@ def _run(config: ConfigName, overrides: Overrides = None) -> None:
 def _check(config: ConfigName, overrides: Overrides = None) -> None:
     """Read all data of a run, name every bad line, and say what a step will see."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
-    from train.config import load_config
-
     loaded = load_config(config, overrides or ())
     import jax
 
@@ -154,7 +152,8 @@ def main() -> None:
     if arguments and arguments[0] not in commands and not arguments[0].startswith("-"):
         arguments = ["run", *arguments]
     try:
-        app(arguments)
+        with ctrl_c_ends_imports():
+            app(arguments)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if isinstance(error, ValueError) and not _is_ours(error):
             traceback.print_exception(error)

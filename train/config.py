@@ -216,6 +216,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
+        if not self.folder:
+            raise ValueError("folder is empty, must name where the run keeps its checkpoints")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"steps is {self.steps} and epochs is {self.epochs}; give one of the two"

@@ -42,3 +42,11 @@ def test_help_says_where_and_how_not_to(command, monkeypatch, capsys):
         main()
     out = capsys.readouterr().out
     assert "phi3-jax/compilation" in out and "JAX_ENABLE_COMPILATION_CACHE=false" in out
+
+
+def test_help_names_the_pages(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["phi3-train", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    words = " ".join(capsys.readouterr().out.split())
+    assert not stopped.value.code and "sft_tiny_cpu, smoke_cpu," in words

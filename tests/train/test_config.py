@@ -75,6 +75,7 @@ def test_steps_make_room_for_epochs(page):
         ("optimizer=adamw", "optimizer.learning_rate"),
         ("steps.more=1", "has no parts"),
         ("epochs=2", "give one of the two"),
+        ("folder=", "folder is empty"),
         ("accumulate=3", "not divisible by accumulate 3"),
         ("batch_size=0", "at least 1"),
         ("data.sequence_length=1", "at least 2"),

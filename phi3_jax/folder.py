@@ -45,7 +45,7 @@ def find_folder(name: str | Path) -> Path:
         left behind.
     """
     if name == "":  # a variable of the shell that was not set; as a path it is the folder here
-        raise ValueError("the name of the model folder is empty")
+        raise ValueError("the name of the model folder is empty; give a path or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if re.match(rf"\..*{_PARTIAL}", folder.resolve().name):

@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """Those of a page, in order."""
-    found = re.findall(r"^(?:<!-- (.*) -->\n)?```(\w+)\n(.*?)^```", text, flags=re.M | re.S)
+    found = re.findall(r"^(?:<!-- (\w+) -->\n)?```(\w+)\n(.*?)^```", text, flags=re.M | re.S)
     return [Block(language, code, comment) for comment, language, code in found]
 
 
@@ -68,7 +68,7 @@ def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / name).mkdir(parents=True)
         for split in (ROOT / "configs" / "tiny_skill").glob("*.jsonl"):
             with split.open(encoding="utf-8") as lines:
-                some = [next(lines) for _ in range(40)]
+                some = [next(lines) for _ in range(16)]
             (folder / name / split.name).write_text("".join(some), encoding="utf-8")
 
 

@@ -54,6 +54,8 @@ def test_long_pages_run_in_order(name, tmp_path, monkeypatch):
 def test_pages_that_run_are_there():
     assert LONG < set(RUN)
     assert {"index.md", "explanation/longrope.md"} < set(RUN)
+    comments = [block.comment for name in RUN for block in blocks(PAGES[name])]
+    assert set(comments) == {"", "parity", "printed"} and comments.count("printed") == 4
     languages = {block.language for name in RUN for block in blocks(PAGES[name])}
     assert languages == {"sh", "python", "text"}
 

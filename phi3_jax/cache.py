@@ -83,9 +83,11 @@ class KVCache:
         """An empty cache for `capacity` columns, for a model on this mesh.
 
         Args:
-          config, batch, mesh: of the model and the calls.
+          config: of the model.
+          batch: rows of the calls.
           capacity: tokens a row can have, padding with them.
           dtype: of keys and values; a quantised cache does not use it.
+          mesh: of the model.
           ring: only as many slots as config.sliding_window; a full cache where that is None, or no
             less than the capacity.
           quantized: keys and values in int8.

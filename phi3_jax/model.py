@@ -126,7 +126,8 @@ class Phi3Model(Model):
           cache: what earlier calls left; the tokens of this call attend to it and are added to
             the cache that is returned. Keys stay rotated as they were: a row that a call takes
             past the longrope line has to be computed again from its start, as `generate` does.
-          output_hidden_states, output_attentions: also return what BaseModelOutput describes.
+          output_hidden_states: also return those that BaseModelOutput describes.
+          output_attentions: the same for attention probabilities.
           deterministic: False turns dropout on, which needs rngs={"dropout": key} in `apply`.
           segment_ids: int [B, T], for rows that hold several documents: runs of one number, 0 for
             padding. A document sees itself alone, and has positions, window and longrope of its

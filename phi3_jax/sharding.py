@@ -59,8 +59,11 @@ def make_mesh(
     put side by side along data, and along fsdp where data does not divide by their number.
 
     Args:
-      data, fsdp, sequence, tensor: sizes; RULES says what each axis shards.
+      data: whole copies of the model; a size, as the next ones are. RULES says what each shards.
+      fsdp: the batch, and parameters along their width.
+      tensor: heads, mlp and vocabulary.
       devices: those to use; by default all.
+      sequence: the tokens of each row, and parameters as fsdp does.
 
     Raises:
       ValueError: where the sizes do not multiply to the number of devices, with sizes that do, or

@@ -3,15 +3,12 @@
 import re
 import shutil
 import subprocess
-import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+from pages import DEMO, ROOT, use_commands
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DEMO = ROOT / "phi3_jax" / "tiny_demo"
 # The two commands that set everything up; CI runs them as they stand.
 SETUP = {'bash scripts/demo.sh "What is the capital of France?"', "bash scripts/test.sh"}
 
@@ -31,20 +28,7 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """The package's commands on the PATH, whether it is installed or not."""
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    for name, entry in scripts.items():
-        module, function = entry.split(":")
-        command = bin_folder / name
-        command.write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"from {module} import {function}\n{function}()\n"
-        )
-        command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(bin_folder), prepend=":")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    use_commands(tmp_path, monkeypatch)
 
 
 def test_python_blocks_run_in_order(folders, capsys):

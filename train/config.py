@@ -104,12 +104,12 @@ class LoraConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685), parametrised as PEFT does.
 
     Attributes:
-      rank: r. alpha: the update is scaled with alpha / r, or alpha / sqrt(r) with rslora
-        (arXiv:2312.03732).
+      rank: r, the inner size of an adapter's two matrices.
+      alpha: the update is scaled with alpha / r, or alpha / sqrt(r) with rslora.
       dropout: of what enters an adapter.
       targets: the projections that have one, in every layer.
-      quantize: hold the model's own matrices in "nf4" or "int8" (QLoRA, arXiv:2305.14314; extra
-        `quant`).
+      rslora: the scale of rank-stabilised LoRA (arXiv:2312.03732).
+      quantize: hold the model's own matrices in "nf4" or "int8" (QLoRA, arXiv:2305.14314).
       path: a PEFT adapter folder that A and B begin from; its rank, alpha, targets and rslora are
         to be the same.
     """

@@ -175,7 +175,9 @@ def exact_match(
     """Compares greedy answers with those of the data, but for white space around them.
 
     Args:
-      model, params, tokenizer: as in `answers`.
+      model: as in `answers`.
+      params: as in `answers`.
+      tokenizer: as in `answers`.
       records: as in `questions`.
 
     Raises:

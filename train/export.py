@@ -89,7 +89,8 @@ def merged_params(setup: Setup, trained: Tree, dtype: Any = "float32") -> Tree:
     Under QLoRA these are the model's own weights, not the rounded ones it was trained beside.
 
     Args:
-      setup, trained: from `trained_params`.
+      setup: from `trained_params`.
+      trained: from `trained_params`.
       dtype: of the result. The sums are rounded once: where it is that of the model folder, no
         float32 copy of the model is made.
     """

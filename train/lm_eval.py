@@ -39,7 +39,8 @@ class Phi3LM(TemplateLM):
     """Phi-3 behind the harness' interface.
 
     Args:
-      model, params: from `phi3_jax.from_pretrained`.
+      model: from `phi3_jax.from_pretrained`.
+      params: from `phi3_jax.from_pretrained`.
       tokenizer: of the same folder.
       batch_size: rows that are computed together. Scoring holds logits of as many tokens of each
         as the longest continuation has; a rolling window is all continuation.

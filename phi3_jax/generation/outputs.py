@@ -53,7 +53,9 @@ def compute_transition_scores(
     """The score of every token that was chosen (`compute_transition_scores` of transformers).
 
     Args:
-      sequences, scores, beam_indices: of a GenerateResult, made with output_scores=True.
+      sequences: of a GenerateResult, made with output_scores=True.
+      scores: of the same.
+      beam_indices: of the same.
       normalize_logits: log-softmax the scores first.
 
     Returns:

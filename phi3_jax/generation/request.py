@@ -73,8 +73,9 @@ def generate(
       prefix_allowed_tokens_fn: f(row of input_ids, its tokens without padding) -> ids that may
         follow.
       assistant: (model, params) of a draft model with the same vocabulary, on the same mesh.
-      negative_prompt_ids, negative_prompt_attention_mask: for guidance_scale, [B or 1, any
-        width]; by default the last token of each prompt.
+      negative_prompt_ids: for guidance_scale, [B or 1, any width]; by default the last token of
+        each prompt.
+      negative_prompt_attention_mask: of the same shape.
       tokenizer: needed for stop_strings, token_healing and grammar.
       grammar: a phi3_jax.Grammar, what the new tokens of every row have to spell.
       cache: of an earlier result, or a PromptCache, that holds the first columns of input_ids;
@@ -175,8 +176,10 @@ def make_prompt_cache(
     """Computes a prompt once, for all prompts that begin with it: `generate(..., cache=)`.
 
     Args:
-      model, params, mesh: as in `generate`.
+      model: as in `generate`.
+      params: as in `generate`.
       input_ids: integers [1, T] without padding.
+      mesh: as in `generate`.
       **settings: those of GenerationConfig that say how a prompt is computed and kept
         (cache_implementation, prefill_chunk_size).
 

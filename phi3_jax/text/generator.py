@@ -57,7 +57,8 @@ class TextGenerator:
     Each call stands alone: a conversation goes on by passing its earlier messages too.
 
     Args:
-      model, params: from `from_pretrained`.
+      model: from `from_pretrained`.
+      params: from `from_pretrained`.
       tokenizer: of the same folder.
       mesh: where to compute; by default where the parameters are.
       cache_length: tokens of prompt and answer together that a conversation may have; by default

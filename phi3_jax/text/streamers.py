@@ -105,8 +105,10 @@ class TextIteratorStreamer(TextStreamer):
     An error of the generating thread is raised here, too.
 
     Args:
-      tokenizer, skip_prompt, skip_special_tokens: as in `TextStreamer`.
+      tokenizer: as in `TextStreamer`.
+      skip_prompt: as in `TextStreamer`.
       timeout: seconds to wait for a piece, None without end; then a TimeoutError is raised.
+      skip_special_tokens: as in `TextStreamer`.
     """
 
     def __init__(

@@ -5,10 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 suite=${1:?"usage: scripts/reliability.sh faults | kills | fuzz | first-hour [option ...]"}
 shift
-if [ "$suite" = first-hour ]; then
-  exec bash scripts/first_hour.sh "$@"
-fi
 source scripts/environment.sh
+if [ "$suite" = first-hour ]; then
+  exec "$(find_python)" scripts/first_hour.py "$@"
+fi
 use_environment .venv-test "[test]"
 case $suite in
   faults) exec "$PYTHON" -m pytest --numprocesses 2 tests/faults tests/train/test_faults.py "$@" ;;

@@ -97,6 +97,6 @@ def run_page(text: str, parity: bool) -> str:
 def _run_sh(code: str) -> str:
     lines = [line + FEW * line.startswith("phi3-train sft_tiny_cpu") for line in code.splitlines()]
     command = ["bash", "-exuo", "pipefail", "-c", "\n".join(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr

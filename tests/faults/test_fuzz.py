@@ -54,7 +54,7 @@ def counts():
 
 
 @pytest.fixture(autouse=True)
-def bounded(request):
+def bounded():
     """Also what is refused is refused soon, and without filling the memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield

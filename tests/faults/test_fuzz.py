@@ -1,6 +1,6 @@
 """Drawn inputs: configs, texts, names and headers. Each is taken, or refused with a ValueError.
 
-HYPOTHESIS_PROFILE=long draws 75 times as many, and others each time, which takes ten minutes. What
+HYPOTHESIS_PROFILE=long draws 75 times as many, and others each time, which takes minutes. What
 packed rows and padding compute is drawn in tests/test_packing.py, beside rows computed alone.
 """
 

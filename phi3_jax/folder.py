@@ -14,6 +14,8 @@ from phi3_jax.config import CONFIG_FILE
 from phi3_jax.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 PARAMS_FOLDER = "params"
+# What Orbax tells a checkpoint by.
+CHECKPOINT_FILE = "_CHECKPOINT_METADATA"
 # What PEFT tells a folder with an adapter by.
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -129,7 +131,7 @@ def staged_folder(target: str | Path, force: bool = False) -> Generator[Path]:
 
     Raises:
       FileExistsError: where the target exists, without force.
-      ValueError: where the target exists and is no such folder, with force.
+      ValueError: where the target exists and is no such folder, or holds other folders, with force.
     """
     target = Path(target).expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,16 +167,21 @@ def check_replaceable(target: str | Path, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"{str(target)!r} exists; replace it with force (--force)")
-    if (target / ADAPTER_CONFIG_FILE).is_file():
-        return
-    try:
-        folder_kind(target)
-    except ValueError:
-        # A slip of the hand must not cost a home folder.
+    # A slip of the hand must not cost a home folder, nor one whose params/ are something else.
+    params = target / PARAMS_FOLDER
+    is_checkpoint = (params / CHECKPOINT_FILE).is_file()
+    files = (SINGLE_FILE, INDEX_FILE, ADAPTER_CONFIG_FILE)
+    if not is_checkpoint and not any((target / name).is_file() for name in files):
         raise ValueError(
             f"{str(target)!r} exists and is not a model folder, so it is not replaced; "
             "remove it, or choose another name"
-        ) from None
+        )
+    folders = {path for path in target.iterdir() if path.is_dir()}
+    if others := sorted(path.name for path in folders - ({params} if is_checkpoint else set())):
+        raise ValueError(
+            f"{str(target)!r} holds a model and other folders ({', '.join(others)}), so it is not "
+            "replaced; remove it, or choose another name"
+        )
 
 
 def flush(folder: Path) -> None:

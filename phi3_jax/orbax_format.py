@@ -19,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as orbax
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.folder import PARAMS_FOLDER
+from phi3_jax.folder import CHECKPOINT_FILE, PARAMS_FOLDER
 from phi3_jax.hf_format import (
     QUANTIZATIONS,
     LeafPath,
@@ -155,7 +155,7 @@ def open_arrays(
     """
     params_folder = folder / PARAMS_FOLDER
     try:
-        metadata = read_json_object(params_folder / "_CHECKPOINT_METADATA")
+        metadata = read_json_object(params_folder / CHECKPOINT_FILE)
         written = dict(metadata["custom_metadata"])
         keys = tensorstore.KvStore.open(_store(params_folder, "")).result().list().result()
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -77,6 +77,20 @@ def test_force_replaces_model_folders_only(tmp_path):
     assert names(tmp_path / "home") == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("inside", ["src", "params", "checkpoints"])
+@pytest.mark.parametrize("file", ["model.safetensors", "adapter_config.json", "notes.txt"])
+def test_force_does_not_replace_what_holds_other_folders(tmp_path, inside, file):
+    """A project beside whose code a model lies, or with params/ of its own."""
+    (tmp_path / "home" / inside).mkdir(parents=True)
+    (tmp_path / "home" / inside / "thesis.txt").write_text("years")
+    (tmp_path / "home" / file).touch()
+    words = "not a model folder" if file == "notes.txt" else rf"other folders \({inside}\)"
+    with pytest.raises(ValueError, match=f"{words}, so it is not replaced"):
+        with staged_folder(tmp_path / "home", force=True):
+            raise AssertionError("not entered")
+    assert (tmp_path / "home" / inside / "thesis.txt").read_text() == "years"
+
+
 def test_a_target_that_comes_up_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError):
         with staged_folder(tmp_path / "model"):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from phi3_jax.json_files import read_json_object
 from phi3_jax.processes import by_all
 from train.config import TrainConfig
 
@@ -29,8 +30,8 @@ def own_folder(folder: Path) -> Generator[None]:
     """Makes the folder of a run, for all of its processes, and keeps a second run out of it.
 
     Raises:
-      ValueError: where another run is writing into it, its file system has no locks, or the
-        processes do not all see the same folder.
+      ValueError: where another run is writing into it, it has the config.json of a model, its
+        file system has no locks, or the processes do not all see the same folder.
     """
     with contextlib.ExitStack() as stack:
         mark = np.frombuffer(secrets.token_bytes(8), np.uint8)
@@ -52,6 +53,7 @@ def own_folder(folder: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, mark: str) -> Generator[None]:
+    _check_config(folder / CONFIG_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a+", encoding="utf-8") as lock:
         try:
@@ -71,6 +73,23 @@ def _locked(folder: Path, mark: str) -> Generator[None]:
         lock.flush()
         os.fsync(lock.fileno())
         yield
+
+
+def _check_config(path: Path) -> None:
+    """Refuses a folder with the config of something else, such as a model: the run's would take its
+    place.
+    """
+    if not path.is_file():
+        return
+    try:
+        is_own = {"folder", "data"} <= read_json_object(path).keys()
+    except ValueError:
+        is_own = False
+    if not is_own:
+        raise ValueError(
+            f"{str(path)!r} is not the config of a run, and would be overwritten; choose another "
+            "folder (folder=...)"
+        )
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

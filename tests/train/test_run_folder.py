@@ -65,3 +65,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has no locks .*-o flock"):
         with own_folder(tmp_path / "run"):
             pass
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "phi3", "vocab_size": 100}', "not JSON"])
+def test_the_config_of_something_else_is_not_overwritten(tmp_path, text):
+    """As where the run's folder is, by a slip, that of the model that it starts from."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is not the config of a run, and would be overwritten"):
+        with own_folder(tmp_path):
+            raise AssertionError("not entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == text

@@ -62,22 +62,23 @@ for folder in {["my-merged" if adapter else folder for folder, adapter in EXPORT
         found.append([ids, [int(token) for token in out.sequences[0]]])
 print(json.dumps(found))
 """
+# The ids are ours: to read a tokenizer.model, transformers needs sentencepiece, which it does not
+# bring along.
 THEIRS = f"""
 import json, sys
 import torch, transformers, peft
+prompts = iter(json.loads(sys.argv[1]))
 found = []
 for folder, adapter in {EXPORTS}:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter:
         model = peft.PeftModel.from_pretrained(model, adapter)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for question in {QUESTIONS}:
-        inputs = tokenizer.apply_chat_template(
-            [{{"role": "user", "content": question}}], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True,
+    for _ in {QUESTIONS}:
+        ids = next(prompts)
+        out = model.generate(
+            input_ids=torch.tensor([ids]), max_new_tokens={TOKENS}, do_sample=False
         )
-        out = model.generate(**inputs, max_new_tokens={TOKENS}, do_sample=False)
-        found.append([inputs["input_ids"][0].tolist(), out[0].tolist()])
+        found.append([ids, out[0].tolist()])
 print(json.dumps(found))
 """
 
@@ -132,7 +133,7 @@ class Hour:
 
     def step(self, name: str, command: str | list[str], quiet: bool = True) -> str:
         """Runs and times a command, whose output is returned; ends all where it fails or warns."""
-        print(f"  {name}", file=sys.stderr, flush=True)
+        print(f"  {name}: ", end="", file=sys.stderr, flush=True)
         begin = time.perf_counter()
         done = subprocess.run(
             command,
@@ -144,6 +145,7 @@ class Hour:
             text=True,
         )
         self.seconds[name] = time.perf_counter() - begin
+        print(f"{self.seconds[name]:.1f} s", file=sys.stderr, flush=True)
         warned = quiet and re.search(r"warning|Traceback", done.stderr, flags=re.I)
         if done.returncode or warned:
             what = f"ended with status {done.returncode}" if done.returncode else "warned"
@@ -195,7 +197,7 @@ def compare(hour: Hour, ours: list) -> str:
     hour.enter(environment)
     hour.pip(f"reference: pip install {pins[0]}", pins[0])
     hour.pip(f"reference: pip install {' '.join(pins[1:])}", *pins)
-    command = ["python", "-c", THEIRS]
+    command = ["python", "-c", THEIRS, json.dumps([ids for ids, _ in ours])]
     theirs = json.loads(hour.step("reference: its greedy tokens", command, quiet=False))
     if ours != theirs:
         sys.exit(f"the reference chooses other tokens:\nours   {ours}\ntheirs {theirs}")

@@ -3,8 +3,7 @@
     pytest tests/weights -m weights --weights DIR
 
 DIR is Phi-3-mini-4k-instruct or Phi-3-mini-128k-instruct, as its config.json tells, or holds one or
-both of them by these names, in either format. Left out without the
-option.
+both of them by these names, in either format. Left out without the option.
 
 3,821,079,552 parameters in float32 are 15.3 GB, which is what a run needs at least; they are read
 from a file of half of that. On a GPU set JAX_PLATFORMS=cuda: tests compute on the CPU otherwise.

@@ -34,6 +34,11 @@ def pytest_addoption(parser):
         help="draws the configs that tests/parity compares (default 0)",
     )
     parser.addoption(
+        "--long",
+        action="store_true",
+        help="kills as often as docs/reliability.md says (default: a few times)",
+    )
+    parser.addoption(
         "--weights",
         metavar="DIR",
         help="real weights of phi-3-mini for tests/weights, which says more (default: left out)",

@@ -87,14 +87,8 @@ def kill_at_random_moments(job: str, source: Path, parent: Path, count: int) -> 
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_killed_at_three_moments(sources, tmp_path, job):
-    kill_at_random_moments(job, sources[job], tmp_path, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
-def test_killed_at_thirty_moments(sources, tmp_path, job):
-    kill_at_random_moments(job, sources[job], tmp_path, 30)
+def test_killed_at_random_moments(sources, tmp_path, job, pytestconfig):
+    kill_at_random_moments(job, sources[job], tmp_path, 30 if pytestconfig.option.long else 4)
 
 
 @pytest.mark.parametrize("job", JOBS)

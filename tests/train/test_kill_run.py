@@ -141,16 +141,17 @@ def wait_for_save(process, config: TrainConfig) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("full", 20), ("lora", 10)])
-def test_killed_at_random_moments(story, kind, count):
+def test_killed_at_random_moments(story, kind, count, pytestconfig):
     def check(status, config):
         assert status in (0, -signal.SIGKILL)
 
-    assert story(kind).disturb(signal.SIGKILL, count, 1, check)
+    few = count if pytestconfig.option.long else count // 2
+    assert story(kind).disturb(signal.SIGKILL, few, 1, check)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_told_to_stop_at_random_moments(story, kind):
+def test_told_to_stop_at_random_moments(story, kind, pytestconfig):
     seen = []
 
     def check(status, config):
@@ -162,5 +163,5 @@ def test_told_to_stop_at_random_moments(story, kind):
             steps = [line["step"] for line in recorded(config.folder)]
             assert saved_steps(config.folder)[-1:] == steps[-1:]  # none before the first
 
-    story(kind).disturb(signal.SIGTERM, 5, 2, check)
+    story(kind).disturb(signal.SIGTERM, 5 if pytestconfig.option.long else 3, 2, check)
     assert PREEMPTED_STATUS in seen

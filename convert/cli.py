@@ -78,7 +78,7 @@ def _verify(
     first: Annotated[str, typer.Argument(help="A model folder of either format.")],
     second: Annotated[str, typer.Argument(help="Another.")],
 ) -> None:
-    """Compare every tensor of two folders bit by bit; status 1 where they differ."""
+    """Compare every tensor of two folders bit by bit, and configs; status 1 where they differ."""
     from convert.progress import progress_bar
     from convert.verify import verify
 

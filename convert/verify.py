@@ -1,5 +1,6 @@
 """The job that compares two model folders, of either format, bit by bit."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from convert.progress import Report, silent
 from phi3_jax.checkpoint import open_weights
-from phi3_jax.config import Phi3Config
+from phi3_jax.config import CONFIG_FILE, Phi3Config
 from phi3_jax.folder import find_folder
 from phi3_jax.read_ahead import read_ahead
 
@@ -19,7 +20,8 @@ class Comparison:
     Attributes:
       tensors: how many tensors both hold, by HF's names.
       nbytes: bytes of those.
-      differences: one line for each tensor that is not the same bits in both.
+      differences: one line for each field of the config that is not the same in both, and one for
+        each tensor that is not the same bits.
     """
 
     tensors: int
@@ -28,13 +30,16 @@ class Comparison:
 
 
 def verify(first: str | Path, second: str | Path, report: Report = silent) -> Comparison:
-    """Compares every tensor of two model folders.
+    """Compares every tensor of two model folders, and the config that the tensors are used by.
+
+    Tokenizers and generation settings are not compared.
 
     Raises:
       ValueError: where a folder's weights are not those of its own config.
     """
     folders = [find_folder(name) for name in (first, second)]
-    a, b = (open_weights(folder, Phi3Config.from_pretrained(folder)) for folder in folders)
+    configs = [Phi3Config.from_pretrained(folder) for folder in folders]
+    a, b = (open_weights(*pair) for pair in zip(folders, configs, strict=True))
     places = [
         {weights.table.hf_name(*part): part for part in weights.table.parts} for weights in (a, b)
     ]
@@ -55,7 +60,7 @@ def verify(first: str | Path, second: str | Path, report: Report = silent) -> Co
         count = np.count_nonzero(np.not_equal(*bits))
         return f"{count} values differ" if count else None
 
-    differences = []
+    differences = _config_differences(*configs)
     for name, difference in read_ahead(unequal, both):
         if difference:
             differences.append(f"{name}: {difference}")
@@ -65,3 +70,13 @@ def verify(first: str | Path, second: str | Path, report: Report = silent) -> Co
         only = places[here].keys() - places[there].keys()
         differences += [f"{name}: only in {str(folder)!r}" for name in sorted(only)]
     return Comparison(len(both), total, differences)
+
+
+def _config_differences(a: Phi3Config, b: Phi3Config) -> list[str]:
+    """One line for each field that differs; keys that mean nothing to the model do not count."""
+    names = [field.name for field in dataclasses.fields(Phi3Config) if field.name != "extra"]
+    return [
+        f"{CONFIG_FILE}: {name} is {getattr(a, name)} and {getattr(b, name)}"
+        for name in names
+        if getattr(a, name) != getattr(b, name)
+    ]

@@ -109,7 +109,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def check_apart(source: Path, target: str | Path) -> None:
-    """Refuses a target that is the source, or holds it.
+    """Refuses a target that is the source, or holds it, or would be a second model in it.
 
     Raises:
       ValueError: then.
@@ -118,6 +118,11 @@ def check_apart(source: Path, target: str | Path) -> None:
     if outside in (inside, *inside.parents):
         raise ValueError(
             f"the target {str(target)!r} holds the source {str(source)!r}; choose another target"
+        )
+    if outside == inside / PARAMS_FOLDER:
+        raise ValueError(
+            f"the target {str(target)!r} would make the source {str(source)!r} a converted folder "
+            "too, which nothing loads then; choose another name"
         )
 
 

@@ -272,9 +272,12 @@ def _checked_tokens(config: Phi3Config, input_ids: Any, inputs_embeds: Any) -> t
         fits = len(shape) == 3 and shape[2] == config.hidden_size
     if not fits or shape[1] == 0:
         raise ValueError(f"{name} has shape {shape}, expected {wanted}")
-    if input_ids is not None and not isinstance(input_ids, jax.Array):
-        ids = np.asarray(input_ids)
-        if unknown := ids[(ids < 0) | (ids >= config.vocab_size)].tolist():
+    if input_ids is not None:
+        ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"input_ids are {ids.dtype}, must be whole numbers")
+        is_known = isinstance(ids, np.ndarray)  # a traced array has no values yet
+        if is_known and (unknown := ids[(ids < 0) | (ids >= config.vocab_size)].tolist()):
             raise ValueError(
                 f"input_ids holds {unknown[0]}, outside the vocabulary of {config.vocab_size}; "
                 "does the tokenizer belong to this model?"

@@ -180,6 +180,8 @@ def test_a_target_must_not_hold_its_source(tmp_path):
     for target in (tmp_path / "a" / "b", tmp_path / "a", str(tmp_path / "x" / ".." / "a")):
         with pytest.raises(ValueError, match="holds the source"):
             check_apart(tmp_path / "a" / "b", target)
+    with pytest.raises(ValueError, match="a converted folder too"):
+        check_apart(tmp_path / "a", tmp_path / "a" / "params")
 
 
 def test_missing_folders_and_files_are_named(tmp_path, monkeypatch):

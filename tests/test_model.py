@@ -254,6 +254,15 @@ def test_unknown_ids_are_nan_not_a_neighbours_row():
     assert np.isnan(at_minus_1.logits).all()
 
 
+@pytest.mark.parametrize("kind", [np.float32, jnp.bfloat16, np.bool_])
+def test_ids_that_are_no_whole_numbers_are_refused(kind):
+    """Cast to some, 4.7 would be word 4, and a mask in the place of ids the words 0 and 1."""
+    model, params = model_and_params("gqa")
+    for array in (np.asarray, jnp.asarray):
+        with pytest.raises(ValueError, match="input_ids are .*, must be whole numbers"):
+            model.apply({"params": params}, array([[3, 4]]).astype(kind))
+
+
 def test_a_cache_of_another_batch_or_model_is_refused():
     model, params = model_and_params("gqa")
     for config, rows in ((model.config, 2), (phi3.Phi3Config(**config_values("head_dim")), 1)):

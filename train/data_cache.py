@@ -72,7 +72,8 @@ def cache_key(files: Iterable[Path], data: DataConfig, tokenizer: Path) -> str:
     told: list[object] = [_VERSION, data.sequence_length, data.mask_prompt, data.long_documents]
     for path in files:
         found = path.stat()
-        told += [str(path.resolve()), found.st_size, found.st_mtime_ns]
+        # The time of the last change of all, too: archives and copies set that of the content.
+        told += [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
     for name in _TOKENIZER_FILES:
         path = tokenizer / name
         told.append(hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else None)

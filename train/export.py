@@ -9,10 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import phi3_jax as phi3
 from phi3_jax.checkpoint import open_weights
-from phi3_jax.folder import check_replaceable, copy_side_files, find_folder, staged_folder
+from phi3_jax.folder import (
+    check_apart,
+    check_replaceable,
+    copy_side_files,
+    find_folder,
+    staged_folder,
+)
 from phi3_jax.json_files import read_json_object
 from phi3_jax.safetensors_files import DTYPES
 from phi3_jax.sharding import shard_params
@@ -21,7 +28,7 @@ from train.config import TrainConfig, from_dict
 from train.lora import merge
 from train.peft_format import save_adapter
 from train.run_folder import CHECKPOINTS, CONFIG_FILE
-from train.state import Setup, Tree, model_folder
+from train.state import Setup, Tree, fingerprint, model_folder
 
 
 def run_config(run: str | Path) -> TrainConfig:
@@ -72,11 +79,13 @@ def trained_params(run: str | Path, step: int | None = None) -> tuple[Setup, Tre
             )
         step = steps[-1] if step is None else step
         model = json.loads(json.dumps(setup.model.config.to_dict()))
-        if checkpoints.run_values(step)["model"] != model:
+        values = checkpoints.run_values(step)
+        if values["model"] != model:
             raise ValueError(
                 f"the config of the model in {str(setup.source)!r} is no longer the one that "
                 f"{str(run)!r} began with; put that model back"
             )
+        setup.frozen_bits = values["frozen"]
         name = "params" if config.optimizer.ema_decay is None else "ema"
         return setup, checkpoints.load_part(step, name, setup.trainable)
     finally:
@@ -93,16 +102,32 @@ def merged_params(setup: Setup, trained: Tree, dtype: Any = "float32") -> Tree:
       trained: from `trained_params`.
       dtype: of the result. The sums are rounded once: where it is that of the model folder, no
         float32 copy of the model is made.
+
+    Raises:
+      ValueError: where the weights that were not trained are no longer those of the run.
     """
     kind = jnp.dtype(dtype)
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(kind), tree)  # noqa: E731
     if setup.config.lora is None and not jax.tree.leaves(setup.frozen):
         return cast(trained)
-    read_as = kind.name if kind == _stored_dtype(setup) else "float32"
+    read_as = kind.name if {kind} == _stored_dtypes(setup) else "float32"
     _, own = phi3.from_pretrained(setup.source, dtype=read_as, mesh=setup.mesh)
-    if setup.config.lora is not None:
-        return cast(merge(own, trained, setup.config.lora))
-    return cast(setup.combine(trained, own))
+    lora = setup.config.lora
+    whole = setup.combine(trained, own) if lora is None else merge(own, trained, lora)
+    _check_frozen(setup, own)
+    return cast(whole)
+
+
+def _check_frozen(setup: Setup, own: Tree) -> None:
+    """Refuses weights beside which nothing was trained, such as those with the adapters in them."""
+    leaves = flatten_dict(own)
+    frozen = {path: leaves[path] for path in flatten_dict(setup.frozen)}
+    bits = fingerprint(unflatten_dict(frozen), setup.config.model.frozen_dtype)
+    if setup.frozen_bits not in (None, bits):
+        raise ValueError(
+            f"the weights in {str(setup.source)!r} are no longer those that the run began with; "
+            "put that model back"
+        )
 
 
 def _host() -> jax.Device:
@@ -188,9 +213,10 @@ def export(
       FileNotFoundError: where there is no such run or checkpoint.
       FileExistsError: where the target exists, without force.
       ValueError: for an adapter of a run that has none, for another dtype, and where the target is
-        neither a model nor an adapter, with force.
+        neither a model nor an adapter, or is the model that the run started from, with force.
     """
-    lora = run_config(run).lora
+    config = run_config(run)
+    lora = config.lora
     if adapter and lora is None:
         raise ValueError(
             f"{str(run)!r} trains the model's own weights and has no adapter; export it without "
@@ -199,6 +225,7 @@ def export(
     if dtype is not None:
         _check_dtype(dtype)
     check_replaceable(target, force)
+    check_apart(model_folder(config.model), target)
     setup, trained = trained_params(run, step)
     if adapter and lora is not None:
         base = setup.config.model.path or str(setup.source)
@@ -216,3 +243,8 @@ def export(
 def _stored_dtype(setup: Setup) -> np.dtype[Any]:
     weights = open_weights(setup.source, setup.model.config)
     return weights.leaves[weights.table.embedding].dtype
+
+
+def _stored_dtypes(setup: Setup) -> set[np.dtype[Any]]:
+    weights = open_weights(setup.source, setup.model.config)
+    return {leaf.dtype for leaf in weights.leaves.values()}

@@ -62,6 +62,8 @@ class Setup:
       everywhere: the sharding of what every device holds whole.
       abstract_state: TrainState of ShapeDtypeStruct with sharding.
       source: the model folder.
+      frozen_bits: the number that `load` gives to the leaves that are not trained; None while no
+        checkpoint has told it.
 
     Raises:
       ValueError: for settings that do not go with the model or the mesh.
@@ -71,6 +73,7 @@ class Setup:
         self.config, self.mesh, self.steps = config, mesh, steps
         self.tokens_per_row = config.data.sequence_length
         self.source = model_folder(config.model)
+        self.frozen_bits: int | None = None
         self.model = make_model(config, self.source, mesh)
         own = abstract_params(self.model)
         kept_layers: Mapping[Any, np.ndarray] = {}
@@ -300,10 +303,13 @@ def check_finite(params: Tree, what: str) -> None:
         )
 
 
-def fingerprint(params: Tree) -> int:
-    """A number that changes with the bits of the weights, the same on every mesh."""
+def fingerprint(params: Tree, dtype: str | None = None) -> int:
+    """A number that changes with the bits of the weights, in their dtype or cast to another; the
+    same on every mesh.
+    """
 
     def bits(leaf: jax.Array) -> jax.Array:
+        leaf = leaf if dtype is None else leaf.astype(dtype)
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
 

@@ -185,7 +185,19 @@ def test_verify_names_tensors_of_one_side(tmp_path):
     write_hf_folder(tmp_path / "b", num_hidden_layers=1, tie_word_embeddings=True)
     for first, second in (("a", "b"), ("b", "a")):
         result = verify(tmp_path / first, tmp_path / second)
-        assert result.differences == [f"lm_head.weight: only in {str(tmp_path / 'a')!r}"]
+        tied, head = result.differences
+        assert tied == f"config.json: tie_word_embeddings is {first == 'b'} and {second == 'b'}"
+        assert head == f"lm_head.weight: only in {str(tmp_path / 'a')!r}"
+
+
+def test_verify_names_what_differs_in_the_config(tmp_path):
+    """The same tensors are another model with another window."""
+    write_hf_folder(tmp_path / "a", sliding_window=5)
+    to_orbax(tmp_path / "a", tmp_path / "orbax")
+    write_hf_folder(tmp_path / "b", sliding_window=7, rope_theta=5e5)
+    rope, window = verify(tmp_path / "orbax", tmp_path / "b").differences
+    assert re.fullmatch("config.json: rope_parameters is .*10000.0.* and .*500000.0.*", rope)
+    assert window == "config.json: sliding_window is 5 and 7"
 
 
 def test_inspect_lists_both_formats(tmp_path):

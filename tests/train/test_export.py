@@ -111,6 +111,32 @@ def test_an_adapter_is_replaced_with_force(runs, tmp_path):
         export(runs / "lora", tmp_path / "home", adapter=True, force=True)
 
 
+@pytest.mark.parametrize("name", ["average", "lora"])
+def test_other_weights_beside_those_trained_are_refused(runs, name, tmp_path):
+    """As where an export has taken the place of the model: adapters would be merged twice."""
+    shutil.copytree(runs / name, tmp_path / "run")
+    shutil.copytree(runs / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["path"] = str(tmp_path / "model")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    for dtype in ("bfloat16", "float32"):
+        export(tmp_path / "run", tmp_path / dtype, dtype=dtype)
+    model, params = phi3.from_pretrained(tmp_path / "model")
+    params["model"]["embed_tokens"]["weight"] *= 1.01
+    phi3.save_pretrained(tmp_path / "model", model, params, force=True)
+    shutil.copy(runs / "model" / "config.json", tmp_path / "model" / "config.json")
+    with pytest.raises(ValueError, match="no longer those that the run began with"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_export_does_not_replace_the_model_that_it_needs(runs, adapter):
+    with pytest.raises(ValueError, match="holds the source"):
+        export(runs / "lora", runs / "model", adapter, force=True)
+    assert phi3.Phi3Config.from_pretrained(runs / "model").num_key_value_heads == 3
+
+
 def test_an_earlier_checkpoint_can_be_exported(runs, tmp_path):
     export(runs / "full", tmp_path / "two", step=2)
     export(runs / "full", tmp_path / "four")

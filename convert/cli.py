@@ -28,7 +28,10 @@ Quantize = Annotated[
 ]
 Text = Annotated[
     Path | None,
-    typer.Option(help="A UTF-8 file to measure that on; its first 256 tokens count."),
+    typer.Option(
+        help="Measure that on the first 256 tokens of this UTF-8 file; by default on a text that "
+        "comes along."
+    ),
 ]
 
 

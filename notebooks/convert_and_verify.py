@@ -202,7 +202,7 @@ gate_up = params["model"]["layers"]["mlp"]["gate_up_proj"]["weight"]
 print(f"The mesh: {dict(mesh.shape)}")
 print(f"mlp.gate_up_proj has the shape {gate_up.shape} and the sharding {gate_up.sharding.spec}")
 print("Its first layer, gate only, by the number of the device:")
-jax.debug.visualize_array_sharding(gate_up[0, :, 0])
+jax.debug.visualize_array_sharding(gate_up[0, 0])
 
 # %% [markdown]
 # The same for one layer of each kind of weight. A colour is a device, and the number is its own. A
@@ -230,10 +230,10 @@ layers = params["model"]["layers"]
 figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
 for panel, leaf, axes, title in (
     (panels[0, 0], params["model"]["embed_tokens"]["weight"], (0, 1), "embedding: token, width"),
-    (panels[0, 1], layers["self_attn"]["qkv_proj"]["weight"], (1, 2), "qkv: width, kv head"),
-    (panels[0, 2], layers["self_attn"]["o_proj"]["weight"], (1, 4), "o: kv head, width"),
-    (panels[1, 0], layers["mlp"]["gate_up_proj"]["weight"], (1, 3), "gate and up: width, inner"),
-    (panels[1, 1], layers["mlp"]["down_proj"]["weight"], (1, 2), "down: inner, width"),
+    (panels[0, 1], layers["self_attn"]["qkv_proj"]["weight"], (1, 4), "qkv: kv head, width"),
+    (panels[0, 2], layers["self_attn"]["o_proj"]["weight"], (1, 2), "o: width, kv head"),
+    (panels[1, 0], layers["mlp"]["gate_up_proj"]["weight"], (2, 3), "gate and up: inner, width"),
+    (panels[1, 1], layers["mlp"]["down_proj"]["weight"], (1, 2), "down: width, inner"),
     (panels[1, 2], layers["input_layernorm"]["weight"], (0, 1), "norm: layer, width"),
 ):
     draw_shards(panel, leaf, axes, title)

@@ -32,17 +32,23 @@ Model = Annotated[
     ),
 ]  # fmt: skip
 MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Tokens of an answer; by default as long as the cache.")
+    int | None,
+    typer.Option(
+        help="At most so many tokens of an answer; by default what the cache has room for."
+    ),
 ]
 Temperature = Annotated[
     float | None,
     typer.Option(help="Above 0: sample; 0: the most likely token. By default as the folder says."),
 ]
-TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens, the most likely.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the likeliest tokens, whose probabilities add up to this."),
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens, the likeliest.")]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Sample from tokens at least this times as likely as the most likely one."),
+    typer.Option(help="Sample from tokens at least this part as likely as the likeliest."),
 ]
 RepetitionPenalty = Annotated[
     float | None, typer.Option(help="Above 1: what is in the text already becomes less likely.")
@@ -53,7 +59,11 @@ Dtype = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
 CacheLength = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and answer together; by default 4096 or less.")
+    int | None,
+    typer.Option(
+        help="Room for so many tokens, prompt and answer together; by default 4096, or as many "
+        "positions as the model has if those are fewer."
+    ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print where time and memory went to stderr.")]
 
@@ -150,11 +160,12 @@ def generate(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     num_beams: Annotated[
-        int | None, typer.Option(help="Search with so many beams; the answer comes at the end.")
+        int | None,
+        typer.Option(help="Beam search with so many beams; the answer comes at the end, whole."),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Stop after this text, which is part of the answer; may be repeated."),
+        typer.Option(help="Stop after this text, which is printed too; may be repeated."),
     ] = None,
     json_schema: Annotated[
         Path | None,
@@ -354,6 +365,8 @@ def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) 
         say("(conversation forgotten)")
     elif name == "save":
         _save(argument, history)
+    elif name == "set" and "=" not in argument:
+        say("error: !set needs NAME=VALUE, e.g. !set temperature=0.7")
     elif name == "set":
         key, _, value = argument.partition("=")
         try:

@@ -201,6 +201,9 @@ class Phi3Config:
     def preset(cls, name: str) -> "Phi3Config":
         """The config of a published family member, e.g. "phi-3-mini-4k-instruct".
 
+        The others are "phi-3-medium-4k-instruct", "phi-3.5-mini-instruct", "phi-4-mini-instruct"
+        and "phi-4"; "-instruct" may be left out.
+
         Raises:
           ValueError: for an unknown name, with the known ones.
         """

@@ -22,8 +22,7 @@ DOES_NOT_FIT_STATUS = 3
 _HELP = """Compile a training step, a prefill or a decoding step for a machine that is not here:
 memory, traffic, and what binds.
 
-Needs no accelerator and no weights. Status 0: it fits; 3: it does not; 1: something failed; 2: it
-was asked for wrongly."""
+Needs no accelerator and no weights. Status: 0 it fits, 3 not, 1 a failure, 2 a wrong argument."""
 
 app = typer.Typer(
     help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -36,20 +35,21 @@ app.add_typer(sweep_app, name="sweep")
 
 Config = Annotated[str, typer.Argument(help="A page of configs/, or the path of a .py file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes of it: section.name=value each.")
+    list[str] | None,
+    typer.Argument(help="Changes of it: section.name=value each; train/config.py has all names."),
 ]
 Model = Annotated[str, typer.Argument(help="A preset, a model folder, or a config.json.")]
 Topology = Annotated[
     str, typer.Option(help="The machine: v5e:2x4, v5p:4x4x4, h100:8, h100:2x8, ...")
 ]
-NumSlices = Annotated[int, typer.Option(help="How many of that TPU slice.")]
+NumSlices = Annotated[int, typer.Option(help="How many slices of that topology, TPUs only.")]
 Preset = Annotated[
     str | None,
     typer.Option(help="Sizes of the model: a preset, folder or config.json, not the page's own."),
 ]
 Compare = Annotated[
     list[str] | None,
-    typer.Option(metavar="MESH", help="A mesh, as fsdp=4,tensor=2; give several."),
+    typer.Option(metavar="MESH", help="A mesh to compare, as fsdp=4,tensor=2; may be repeated."),
 ]
 Meshes = Annotated[
     list[str] | None,
@@ -63,9 +63,11 @@ Ring = Annotated[
     bool, typer.Option("--ring-cache", help="Only as many slots as the model's window is wide.")
 ]
 Rows = Annotated[str, typer.Option(help="Rows a device, separated by commas.")]
-Output = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw them (extra `plan`).")]
+Output = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="A picture of the table (extra `plan`).")
+]
 Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="All figures; - for stdout.")
+    str | None, typer.Option("--json", metavar="FILE", help="Write all figures here; - for stdout.")
 ]
 
 
@@ -107,10 +109,13 @@ def _decode(
 def _prefill(
     model: Model,
     batch: Batch,
-    tokens: Annotated[int, typer.Option(help="Of each prompt.", min=1)],
+    tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)],
     topology: Topology,
     cache: Annotated[
-        int | None, typer.Option(help="Room for tokens; by default for the prompt's.", min=1)
+        int | None,
+        typer.Option(
+            help="Tokens of a row that the cache has room for; by default the prompt's.", min=1
+        ),
     ] = None,
     num_slices: NumSlices = 1,
     mesh: Mesh = "tensor=-1",

@@ -15,6 +15,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from phi3_jax.cli import chat, generate
 from phi3_jax.compilation_cache import HELP
+from phi3_jax.doctor import doctor
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "commands.md"
 TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
@@ -33,7 +34,11 @@ Entry = tuple[str, str, Callable | None]
 
 def entries() -> Iterator[Entry]:
     """Each command as it is typed, and each program that has several of them."""
-    for name, function in (("phi3-generate", generate), ("phi3-chat", chat)):
+    for name, function in (
+        ("phi3-generate", generate),
+        ("phi3-chat", chat),
+        ("phi3-doctor", doctor),
+    ):
         yield name, function.__doc__ or "", function
     for name in ("convert", "train", "plan"):
         yield from _of_app(f"phi3-{name}", importlib.import_module(f"{name}.cli").app)
@@ -75,7 +80,8 @@ def _parameter(
     text += "" if text.endswith(".") else "."
     if isinstance(info, ArgumentInfo):
         name = parameter.name.upper()
-        return Parameter(name, name if required else f"[{name}]...", text, False)
+        more = "..." if list in map(typing.get_origin, (kind, *typing.get_args(kind))) else ""
+        return Parameter(name, name if required else f"[{name}]{more}", text, False)
     # In an annotation the first name is where a default would be.
     names = [*([info.default] if isinstance(info.default, str) else []), *(info.param_decls or ())]
     typed = ", ".join(names or [f"--{parameter.name.replace('_', '-')}"])

@@ -243,13 +243,15 @@ def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
         "!set temperature=-1",
         "!set nonsense=1",
         "!set top_k=x",
+        "!set top_k",
         "!set extra=3",
         "!save",
         f"!save {file}",
     ]
     status, _, err = run(cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
     assert status == 0 and file.read_text() == "mine"
-    for words in ("temperature is -1", "'nonsense'", "'x' must be a number", "needs a file name"):
+    needed = ("!set needs NAME=VALUE", "!save needs a file name")
+    for words in ("temperature is -1", "'nonsense'", "'x' must be a number", *needed):
         assert words in err
     assert "File exists" in err
 

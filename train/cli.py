@@ -22,7 +22,8 @@ app = typer.Typer(
 
 ConfigName = Annotated[str, typer.Argument(help="A page of configs/, or the path of a .py file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes of it: section.name=value each.")
+    list[str] | None,
+    typer.Argument(help="Changes of it: section.name=value each; train/config.py has all names."),
 ]
 Run = Annotated[str, typer.Argument(help="The folder of a run.")]
 Step = Annotated[int | None, typer.Option(help="A checkpoint's step; by default the last one.")]
@@ -76,9 +77,12 @@ def _export(
     ] = False,
     step: Step = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights; by default as the run's model has them.")
+        str | None,
+        typer.Option(help="Of the weights written; by default as the run's model has them."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model or adapter.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a model or adapter that is there.")
+    ] = False,
 ) -> None:
     """Write what a run has learnt as a Hugging Face folder."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -91,7 +95,9 @@ def _export(
 @app.command("eval", epilog=compilation_cache.HELP)
 def _eval(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a run's folder.")],
-    data: Annotated[str, typer.Argument(help="jsonl, parquet or arrayrecord; a folder's test.*")],
+    data: Annotated[
+        str, typer.Argument(help="A jsonl, parquet or arrayrecord file; of a folder, its test.*")
+    ],
     answers: Annotated[
         bool, typer.Option("--answers", help="Also answer the questions, and compare exactly.")
     ] = False,

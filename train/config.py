@@ -30,8 +30,10 @@ class ModelConfig:
       path: a model folder of either format, or a hub id; None for the embedded phi3-tiny-demo.
       dtype: of activations. Weights that are trained, gradients and optimizer state are float32.
       frozen_dtype: of weights that are not trained: under LoRA, all of the model's own.
-      remat: what is kept of each layer for the backward pass, as in Phi3Model.
-      attention: who computes it, as attn_implementation of Phi3Model.
+      remat: what is kept of each layer for the backward pass, as in Phi3Model: "none" (all of it),
+        "dots", "attention" or "full" (its input alone).
+      attention: who computes it, as attn_implementation of Phi3Model: "auto", "xla", "splash" or
+        "cudnn".
     """
 
     path: str | None = None

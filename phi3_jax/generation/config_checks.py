@@ -232,7 +232,10 @@ NONE_IS_DEFAULT = {name for name, limit in LIMITS.items() if limit is _SWITCH} -
 }
 
 _SAMPLING_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda x: x > 0, "above 0; do_sample=False takes the most likely"),
+    "temperature": (
+        lambda x: x > 0,
+        "above 0; do_sample=False takes the most likely, as 0 does in a command or TextGenerator",
+    ),
     "top_h": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "top_k": (lambda x: x >= 0, "at least 1, or 0 to keep all"),
     "top_p": (lambda x: 0 <= x <= 1, "in [0, 1]"),

@@ -149,7 +149,8 @@ class TextGenerator:
             if len(prompt) >= self.cache_length:
                 raise ValueError(
                     f"the conversation has {len(prompt)} tokens and the cache {self.cache_length} "
-                    "places, which leaves none for an answer; shorten it, or make a longer cache"
+                    "places, which leaves none for an answer; shorten it, or give a larger "
+                    "cache_length"
                 )
             settings["max_new_tokens"] = self.cache_length - len(prompt)
         own = {"mesh": self.mesh, "tokenizer": self.tokenizer, "max_cache_len": self.cache_length}

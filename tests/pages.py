@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 DEMO = ROOT / "phi3_jax" / "tiny_demo"
 # Runs need not learn anything here.
 FEW = (
-    " steps=2 batch_size=2 optimizer.warmup_steps=1 evaluation.batches=1 evaluation.sample_tokens=2"
+    " steps=2 batch_size=8 optimizer.warmup_steps=1 evaluation.batches=1 evaluation.sample_tokens=2"
 )
 
 

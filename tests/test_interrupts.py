@@ -14,6 +14,16 @@ ROOT = Path(__file__).parent.parent
 CTRL_C = "import signal; signal.raise_signal(signal.SIGINT)"
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_shell():
+    """Who starts the tests may ignore the signal (nohup, a job in the background), and processes
+    inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_imports_end_at_once_and_silently(tmp_path):
     # As compiled modules do it: the interrupt is dropped, or becomes an ImportError.
     (tmp_path / "drops.py").write_text(f"try:\n    {CTRL_C}\nexcept KeyboardInterrupt:\n    pass\n")

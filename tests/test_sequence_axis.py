@@ -73,7 +73,8 @@ def test_packed_rows_train_as_on_one_device(case, sizes, remat, columns, monkeyp
     leaves = jax.tree_util.tree_leaves_with_path(cut_padding(gradients, model))
     for (path, found), gradient in zip(leaves, jax.tree.leaves(wanted), strict=True):
         error = np.abs(found - gradient).max() / np.abs(gradient).max()
-        assert error < 5e-5, (jax.tree_util.keystr(path), error)
+        # Below 5e-5 with AVX2, 8.8e-5 where XLA adds up in the wider rows of AVX-512.
+        assert error < 1e-4, (jax.tree_util.keystr(path), error)
 
 
 def test_rows_that_do_not_divide_stay_whole():

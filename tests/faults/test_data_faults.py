@@ -59,7 +59,7 @@ LINES = {
         messages(USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}),
         "message 1 .* type list",
     ),
-    "no assistant": (messages(USER), "no message of the assistant"),
+    "no assistant": (messages(USER), "must have a message of the assistant"),
     "assistant first": (messages(ASSISTANT, USER), "begins with the assistant"),
     "a tool": (messages(USER, {"role": "tool", "content": "3"}, ASSISTANT), "tool"),
     "tool calls": (messages(USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}), "tool"),

@@ -304,14 +304,22 @@ def check_finite(params: Tree, what: str) -> None:
 
 
 def fingerprint(params: Tree, dtype: str | None = None) -> int:
-    """A number that changes with the bits of the weights, in their dtype or cast to another; the
-    same on every mesh.
+    """A number that changes with the bits of the weights, in their dtype or cast to another, and
+    with their places; the same on every mesh.
     """
 
     def bits(leaf: jax.Array) -> jax.Array:
         leaf = leaf if dtype is None else leaf.astype(dtype)
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        words *= jnp.uint32(0x85EBCA6B)
+        words ^= words >> 15  # or signs, the highest bits, could change places
+        # From the index along each axis: a mesh pads behind them, with zeros, which add nothing.
+        place = jnp.zeros((), jnp.uint32)
+        for axis in range(leaf.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            place = place * jnp.uint32(0x9E3779B1) + index
+        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
     def total(leaves: list[jax.Array]) -> jax.Array:
         return sum(

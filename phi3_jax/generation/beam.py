@@ -38,7 +38,7 @@ from phi3_jax.generation.decoding import (
     readable,
     settled,
 )
-from phi3_jax.generation.settings import Past
+from phi3_jax.generation.settings import NO_TOKEN, Past
 from phi3_jax.rope import rows_are_long
 
 
@@ -280,13 +280,15 @@ def _candidates(state, logits_RV, plan, search, allowed_BW, wanted, outputs):
         keys_I = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(items))
         order_IX += jax.vmap(lambda key: jax.random.gumbel(key, (beams * vocab,)))(keys_I)
     _, chosen_IC = lax.top_k(order_IX, search.candidates)
+    score_IC = jnp.take_along_axis(total_IX, chosen_IC, axis=1)
     parent_IC, token_IC = jnp.divmod(chosen_IC, vocab)
+    token_IC = jnp.where(jnp.isnan(score_IC), NO_TOKEN, token_IC)
     row_IC = parent_IC + beams * jnp.arange(items)[:, None]
     parents = state.running.take(parent_IC)
     hypotheses = Hypotheses(
         tokens_IXS=parents.tokens_IXS.at[:, :, step].set(token_IC),
         source_IXS=parents.source_IXS.at[:, :, step].set(row_IC),
-        score_IX=jnp.take_along_axis(total_IX, chosen_IC, axis=1),
+        score_IX=score_IC,
     )
     stopped_IC = (token_IC[:, :, None] == settings.eos_ids).any(axis=2)
     stop_IC = None

@@ -27,7 +27,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
-from phi3_jax.generation.settings import Past, Settings
+from phi3_jax.generation.settings import NO_TOKEN, Past, Settings
 from phi3_jax.generation.stop_strings import StopStrings
 from phi3_jax.rope import RopeTables, rows_are_long
 from phi3_jax.sharding import constrain
@@ -323,9 +323,12 @@ def append(
 
 
 def push(state: DecodeState, token_B: jax.Array, plan: Plan) -> DecodeState:
-    """The state with one more token of every row; rows that have ended get padding."""
+    """The state with one more token of every row; rows that have ended get padding, and a row
+    with NO_TOKEN ends.
+    """
     token_B = jnp.where(state.done_B, plan.settings.pad_id, token_B)
-    done_B = state.done_B | (token_B[:, None] == plan.settings.eos_ids[None, :]).any(axis=1)
+    ends_B = (token_B[:, None] == plan.settings.eos_ids[None, :]).any(axis=1)
+    done_B = state.done_B | ends_B | (token_B == NO_TOKEN)
     stop_B = state.stop_B
     if plan.stop is not None and stop_B is not None:
         stop_B, stopped_B = plan.stop.advance(stop_B, token_B)

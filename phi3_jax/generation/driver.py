@@ -33,7 +33,7 @@ from phi3_jax.generation.decoding import (
 )
 from phi3_jax.generation.outputs import GenerateResult
 from phi3_jax.generation.prompt import Rows
-from phi3_jax.generation.settings import Past
+from phi3_jax.generation.settings import Past, check_chosen
 from phi3_jax.rope import RopeTables
 from phi3_jax.sharding import replicate
 
@@ -210,8 +210,7 @@ class Request:
             width = min(bucket(end - begin), self.cached.columns - begin)
             right = ((0, 0), (0, width - (end - begin)))
             pieces = [np.pad(x[:, begin:end], right) for x in (ids_RT, mask_RT, position_RT)]
-            placed = replicate((*pieces, np.int32(end)), self.mesh)
-            *placed, length = placed
+            *placed, length = replicate((*pieces, np.int32(end)), self.mesh)
             logits_RV, cache, outputs = prefill(
                 model, params, *placed, rows_R, length, cache, rope, begin == 0, wanted
             )
@@ -326,11 +325,16 @@ class Request:
         self.state = dataclasses.replace(self.state, done_B=replicate(done_B, self.mesh))
 
     def look(self) -> None:
-        """Fetches what the host has to know of the state, in one go."""
+        """Fetches what the host has to know of the state, in one go.
+
+        Raises:
+          ValueError: where a token had to be chosen by scores with NaN.
+        """
         state = self.state
         names = ("done_B", "new_BS", "position_R", "long_R")
         step, *arrays = jax.device_get((state.past.step, *(getattr(state, n) for n in names)))
         self.seen = Seen(int(step), *arrays)
+        check_chosen(self.seen.new_BS[:, : self.seen.step], self.model.dtype)
 
     # -- what there is so far
 

@@ -24,6 +24,9 @@ from phi3_jax.generation.watermark import Watermark
 # f(tokens_BS, length_B, logits_BV) -> logits_BV, traceable by jax
 LogitsProcessor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
+# Stands for the token of a row whose scores have a NaN.
+NO_TOKEN = -1
+
 
 def aligned_left(ids_BT: np.ndarray, mask_BT: np.ndarray, capacity: int) -> np.ndarray:
     """The rows' own tokens from column 0 on, -1 behind them: int32 [B, capacity]."""
@@ -340,6 +343,7 @@ class Settings:
         return (jnp.arange(self.vocab_size)[:, None] == self.eos_ids).any(axis=1)
 
     def _warp(self, scores_BV):
+        best_B1 = scores_BV.max(axis=-1, keepdims=True)
         if self.temperature is not None:
             scores_BV = scores_BV / self.temperature
         for warper, value in ((warpers.top_h, self.top_h), (warpers.top_k, self.top_k)):
@@ -354,18 +358,38 @@ class Settings:
         ):
             if value is not None:
                 scores_BV = warper(scores_BV, value, self.min_tokens_to_keep)
-        return scores_BV
+        # Some of them sort, compare and lose a NaN by it.
+        return jnp.where(jnp.isnan(best_B1), jnp.nan, scores_BV)
 
     def draw(self, scores_BV: jax.Array, key: jax.Array) -> jax.Array:
-        """The next token of every row, int32 [B]: the best, or with do_sample one drawn.
+        """The next token of every row, int32 [B]: the best, or with do_sample one drawn; NO_TOKEN
+        for a row with a NaN.
 
         Each row has a key of its own, from its number in the batch: what its neighbours hold, and
         how many there are, does not change its draws.
         """
-        if not self.do_sample:
-            return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores_BV.shape[0]))
-        return jax.vmap(jax.random.categorical)(keys, scores_BV).astype(jnp.int32)
+        if self.do_sample:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores_BV.shape[0]))
+            token_B = jax.vmap(jax.random.categorical)(keys, scores_BV)
+        else:
+            token_B = jnp.argmax(scores_BV, axis=-1)
+        # Both take a NaN for the largest number.
+        score_B = jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)[:, 0]
+        return jnp.where(jnp.isnan(score_B), NO_TOKEN, token_B).astype(jnp.int32)
+
+
+def check_chosen(tokens_BS: np.ndarray, dtype: Any) -> None:
+    """Refuses chosen tokens with NO_TOKEN among them, of a model that computes in this dtype.
+
+    Raises:
+      ValueError: with the first row and column.
+    """
+    for row, column in np.argwhere(tokens_BS == NO_TOKEN):
+        raise ValueError(
+            f"the scores for new token {column} of row {row} are NaN: the weights hold NaN, or "
+            f"numbers too large for {jnp.dtype(dtype).name}; use other weights, or dtype float32 "
+            "(remove_invalid_values takes NaN for 0)"
+        )
 
 
 def _applied(processor: LogitsProcessor, tokens_BS, length_B, scores_BV):

@@ -284,7 +284,7 @@ def prompt_cache_settings(
         cache = generator.cache_prompt(messages, **kind)
         cache.save(path)
         return {"cache": cache}
-    cache = PromptCache.load(path, generator.model)
+    cache = PromptCache.load(path, generator.model, params=generator.params)
     if kind and not cache.cache.is_quantized:
         raise UserError(
             f"{path} has keys and values that are not in 8 bits; leave out --kv-bits, or name "

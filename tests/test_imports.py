@@ -20,7 +20,7 @@ ORDER = [
     {"phi3_jax.rope_parameters", "phi3_jax.safetensors_files"},
     {"phi3_jax.config"},
     {"phi3_jax.folder"},
-    {"phi3_jax.processes"},
+    {"phi3_jax.processes", "phi3_jax.fingerprint"},
     {"phi3_jax.generation.config_checks"},
     {"phi3_jax.generation.watermarking_config"},
     {"phi3_jax.generation.config"},

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import phi3_jax as phi3
 from phi3_jax.checkpoint import open_weights
+from phi3_jax.fingerprint import fingerprint
 from phi3_jax.folder import (
     check_apart,
     check_replaceable,
@@ -28,7 +29,7 @@ from train.config import TrainConfig, from_dict
 from train.lora import merge
 from train.peft_format import save_adapter
 from train.run_folder import CHECKPOINTS, CONFIG_FILE
-from train.state import Setup, Tree, fingerprint, model_folder
+from train.state import Setup, Tree, model_folder
 
 
 def run_config(run: str | Path) -> TrainConfig:

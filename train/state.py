@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import phi3_jax as phi3
+from phi3_jax.fingerprint import fingerprint
 from phi3_jax.folder import find_folder
 from phi3_jax.quantized import is_quantized
 from phi3_jax.sharding import abstract_params
@@ -301,33 +302,6 @@ def check_finite(params: Tree, what: str) -> None:
             f"weights of {what!r} are NaN or infinite: {', '.join(bad)}; nothing can be learnt "
             "from them: begin with others"
         )
-
-
-def fingerprint(params: Tree, dtype: str | None = None) -> int:
-    """A number that changes with the bits of the weights, in their dtype or cast to another, and
-    with their places; the same on every mesh.
-    """
-
-    def bits(leaf: jax.Array) -> jax.Array:
-        leaf = leaf if dtype is None else leaf.astype(dtype)
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        words *= jnp.uint32(0x85EBCA6B)
-        words ^= words >> 15  # or signs, the highest bits, could change places
-        # From the index along each axis: a mesh pads behind them, with zeros, which add nothing.
-        place = jnp.zeros((), jnp.uint32)
-        for axis in range(leaf.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            place = place * jnp.uint32(0x9E3779B1) + index
-        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
-
-    def total(leaves: list[jax.Array]) -> jax.Array:
-        return sum(
-            (bits(leaf) * jnp.uint32(2 * place + 1) for place, leaf in enumerate(leaves)),
-            start=jnp.zeros((), jnp.uint32),
-        )
-
-    return int(jax.jit(total)(jax.tree.leaves(params)))
 
 
 def _with_dtype(tree: Tree, dtype: str) -> Tree:

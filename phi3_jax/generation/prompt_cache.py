@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
+from phi3_jax.fingerprint import fingerprint
 from phi3_jax.processes import by_all, on_host
 from phi3_jax.sharding import Names, named_sharding
 
 _FORMAT = "phi3_jax prompt cache"
-_VERSION = "2"
+_VERSION = "3"
 
 # What keys and values depend on, beside the weights.
 _FIELDS = (
@@ -51,14 +52,16 @@ class PromptCache:
       cache: of one row without padding; its length is the number of tokens.
       tokens: int32 numpy [T], the prompt.
       config: of the model.
+      weights: the fingerprint of its parameters.
     """
 
     cache: KVCache = field(repr=False)
     tokens: np.ndarray
     config: Phi3Config
+    weights: int
 
     def check(self, config: Phi3Config) -> None:
-        """Raises ValueError for a model with another config; the weights are not compared."""
+        """Raises ValueError for a model with another config; `load` compares the weights."""
         _check_model("the prompt cache", json.loads(json.dumps(_model(self.config))), config)
 
     def reusable(self, tokens: Any, original_max: int) -> int:
@@ -103,6 +106,7 @@ class PromptCache:
             "capacity": str(self.cache.capacity),
             "ring": json.dumps(self.cache.ring_capacity is not None),
             "quantized": json.dumps(cache.is_quantized),
+            "weights": str(self.weights),
         }
         with by_all():
             if jax.process_index() == 0:
@@ -116,14 +120,18 @@ class PromptCache:
         return tuple(slice(heads if name == "attention_heads" else None) for name in names)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, mesh: Mesh | None = None) -> "PromptCache":
+    def load(
+        cls, path: str | Path, model: nn.Module, mesh: Mesh | None = None, params: Any = None
+    ) -> "PromptCache":
         """Reads what `save` wrote, onto a mesh, by default that of the model.
 
-        The weights are not compared: a file belongs to those that it was made with.
+        Args:
+          params: those that it will be used with, which are read once to see that it was made with
+            them; None where that is known.
 
         Raises:
           FileNotFoundError, IsADirectoryError: where there is no file.
-          ValueError: for a file that is none of `save`, or of a model that differs.
+          ValueError: for a file that is none of `save`, or of a model or weights that differ.
         """
         path = Path(path).expanduser()
         config, mesh = model.config, mesh or model.mesh
@@ -136,6 +144,12 @@ class PromptCache:
             raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
         dtype = arrays.get("k_LBKSH", np.empty(0, model.dtype)).dtype
         _check(path, metadata, config, dtype, model.dtype)
+        weights = int(metadata["weights"])
+        if params is not None and fingerprint(params) != weights:
+            raise ValueError(
+                f"{str(path)!r} was made with other weights; make it again with these, or use the "
+                "model that it belongs to"
+            )
         ring, quantized = (json.loads(metadata[name]) for name in ("ring", "quantized"))
         init = functools.partial(KVCache.init, ring=ring, quantized=quantized)
         capacity = int(metadata["capacity"])
@@ -151,7 +165,7 @@ class PromptCache:
 
         cache = jax.tree_util.tree_map_with_path(fill, empty)
         cache = dataclasses.replace(cache, filled=True)
-        return cls(_placed(cache, mesh), tokens, config)
+        return cls(_placed(cache, mesh), tokens, config, weights)
 
 
 def check_path(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
+from phi3_jax.fingerprint import fingerprint
 from phi3_jax.generation.beam_request import BeamRequest
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.driver import Criterion, Request
@@ -173,7 +174,8 @@ def make_prompt_cache(
     mesh: Mesh | None = None,
     **settings: Any,
 ) -> PromptCache:
-    """Computes a prompt once, for all prompts that begin with it: `generate(..., cache=)`.
+    """Computes a prompt once, for all prompts that begin with it: `generate(..., cache=)`. Besides
+    all weights are read, for a number by which `PromptCache.load` knows them.
 
     Args:
       model: as in `generate`.
@@ -197,4 +199,5 @@ def make_prompt_cache(
             "tokens that the prompts share as one row"
         )
     _, cache, _ = request.run_prompt()
-    return PromptCache(cache.split(False, model.dtype), request.input_ids[0], model.config)
+    cache = cache.split(False, model.dtype)
+    return PromptCache(cache, request.input_ids[0], model.config, fingerprint(params))

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import phi3_jax as phi3
+from phi3_jax.fingerprint import fingerprint
 from phi3_jax.generation import prompt_cache
 from phi3_jax.generation.prompt_cache import PromptCache
 
@@ -40,13 +41,14 @@ def empty(model, ring=False, quantized=False):
 
 def kept(model, params, ids, **kind) -> PromptCache:
     cache = empty(model, **kind)
-    return PromptCache(call(model, params, ids, cache).cache, ids[0], model.config)
+    cache = call(model, params, ids, cache).cache
+    return PromptCache(cache, ids[0], model.config, fingerprint(params))
 
 
 def described(config: phi3.Phi3Config, number: int, slots: int = 99) -> PromptCache:
     """Of tokens 1, 2, 3, ... without having computed any."""
     cache = phi3.KVCache.init(config, 1, slots, jnp.float32)
-    return PromptCache(cache, np.arange(1, number + 1, dtype=np.int32), config)
+    return PromptCache(cache, np.arange(1, number + 1, dtype=np.int32), config, weights=0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_any_mesh_restores_any_file(tmp_path):
         shape = load_file(tmp_path / f"{number}.safetensors")["k_LBKSH.values"].shape
         assert shape == (3, 1, 6, 5, 8)
     for number, (model, params) in zip((1, 2, 0), on, strict=True):
-        prompt = PromptCache.load(tmp_path / f"{number}.safetensors", plain, model.mesh)
+        prompt = PromptCache.load(tmp_path / f"{number}.safetensors", plain, model.mesh, params)
         for x in (*prompt.cache.k_LBKSH, *prompt.cache.v_LBKSH):
             assert x.addressable_shards[0].data.shape[2] == (6 if model.mesh is None else 2)
         found = call(model, params, ids[:, 9:], prompt.cache).logits
@@ -163,6 +165,9 @@ def test_bfloat16_and_what_is_refused(tmp_path):
         other, _ = model_and_params("longrope_window", jnp.bfloat16, **change)
         with pytest.raises(ValueError, match=f"made by another model: {words}"):
             PromptCache.load(path, other)
+    finer_tuned = {**params, "lm_head": {"weight": params["lm_head"]["weight"].at[0, 3].add(1e-3)}}
+    with pytest.raises(ValueError, match="made with other weights"):
+        PromptCache.load(path, model, params=finer_tuned)
     # What only matters elsewhere does not.
     config = dataclasses.replace(model.config, eos_token_id=5)
     PromptCache.load(path, model.clone(config=config))
@@ -171,8 +176,8 @@ def test_bfloat16_and_what_is_refused(tmp_path):
         metadata = file.metadata()
     assert json.loads(metadata["model"])["head_dim"] == 8
     newer = tmp_path / "newer"
-    save_file(load_file(path), newer, {**metadata, "version": "3"})
-    with pytest.raises(ValueError, match="of version 3, this is 2"):
+    save_file(load_file(path), newer, {**metadata, "version": "4"})
+    with pytest.raises(ValueError, match="of version 4, this is 3"):
         PromptCache.load(newer, model)
     save_file({"k": np.zeros(3)}, tmp_path / "else")
     with pytest.raises(ValueError, match="is not a prompt cache"):

@@ -1,4 +1,4 @@
-"""The number by which a run knows the weights that it does not train."""
+"""The number by which runs and prompt caches know weights."""
 
 import math
 
@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from reference import config_values, hf_weights, on_mesh, params_of
 
 import phi3_jax as phi3
-from train.state import fingerprint
+from phi3_jax.fingerprint import fingerprint
 
 QKV = ("model", "layers", "self_attn", "qkv_proj", "weight")
 

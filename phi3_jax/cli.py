@@ -135,6 +135,18 @@ def given_settings(**options: float | list[str] | None) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuses settings that no model takes, before one is loaded.
+
+    Raises:
+      ValueError: as GenerationConfig does.
+    """
+    from phi3_jax.generation.config import GenerationConfig
+    from phi3_jax.text.generator import with_implied_sampling
+
+    GenerationConfig.from_call(with_implied_sampling(settings)).check()
+
+
 def print_answer(pieces: Iterator[str]) -> str:
     """Prints pieces as they come and returns them joined."""
     answer = []
@@ -236,9 +248,9 @@ def generate(
 
         prompt_cache_file = prompt_cache_file.expanduser()
         check_path(prompt_cache_file)
-    if json_schema is not None:
-        settings["grammar"] = read_json_schema(json_schema)
+    grammar = {} if json_schema is None else {"grammar": read_json_schema(json_schema)}
     timing = begin()
+    check_settings(settings | kind)
     generator = load_generator(model, dtype, cache_length)
     if draft_model is not None:
         settings["assistant"] = load_model(draft_model, dtype)[1:]
@@ -248,7 +260,7 @@ def generate(
         messages.insert(0, {"role": "system", "content": system})
     if prompt_cache_file is not None:
         kind = prompt_cache_settings(prompt_cache_file, generator, messages, kind)
-    settings |= kind
+    settings |= kind | grammar
     print_answer(timing.watch(generator.stream(messages, seed, **settings)))
     if stats:
         say(timing.report(len(generator.encode(messages)), at_once=(num_beams or 1) > 1))
@@ -319,6 +331,7 @@ def chat(
         repetition_penalty=repetition_penalty,
     )
     timing = begin()
+    check_settings(settings)
     generator = load_generator(model, dtype, cache_length)
     timing.lap("load")
     opening = [{"role": "system", "content": system}] if system else []
@@ -353,9 +366,6 @@ def chat(
 
 def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) -> bool:
     """Carries out a command of the chat; False to leave."""
-    from phi3_jax.generation.config import GenerationConfig
-    from phi3_jax.text.generator import with_implied_sampling
-
     name, _, argument = command.partition(" ")
     argument = argument.strip()
     if name == "exit":
@@ -371,7 +381,7 @@ def _obey(command: str, history: list, opening: list, settings: dict[str, Any]) 
         key, _, value = argument.partition("=")
         try:
             changed = {**settings, key.strip(): _value(value.strip())}
-            GenerationConfig.from_call(with_implied_sampling(changed)).check()
+            check_settings(changed)
         except ValueError as error:
             say(f"error: {error}")
         else:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from phi3_jax import cli
 
@@ -133,6 +134,9 @@ DRAFT, LOOKUP = ["--draft-model", "m"], ["--prompt-lookup-num-tokens", "3"]
         ([*DRAFT, "--num-beams", "2"], "--draft-model and --num-beams do not"),
         (["--prompt-cache-file", "no/such/file"], "'no/such/file' is in a folder that does not"),
         (["--prompt-cache-file", "."], "'.' is a directory"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--num-beams", "3", "--temperature", "-1"], "temperature is -1.0"),
     ],
 )
 def test_faults_are_said_before_a_model_is_loaded(run, monkeypatch, options, words):
@@ -166,6 +170,18 @@ def test_a_prompt_is_kept_in_a_file(run, tmp_path):
         assert run(cli.generate_command, *arguments, "--kv-bits", "8")[1] == first[1]
     with safe_open(arguments[-1], framework="np") as file:
         assert file.metadata()["quantized"] == "true"
+
+
+def test_a_prompt_that_another_model_kept_is_refused(run, tmp_path):
+    """Of the same config: only the weights, here of the last norm, are others."""
+    other, kept = tmp_path / "other", ["--prompt-cache-file", str(tmp_path / "kept")]
+    shutil.copytree(cli.EMBEDDED_MODEL, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][::-1].copy()
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert run(cli.generate_command, QUESTION, *kept)[0] == 0
+    status, out, err = run(cli.generate_command, QUESTION, *kept, "--model", str(other))
+    assert status == 1 and not out and "kept' was made with other weights; make it again" in err
 
 
 def test_a_kept_prompt_of_no_use_leaves_the_kind_of_cache_asked_for(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from phi3_jax import compilation_cache
 from phi3_jax.cli import UserError, run_command
@@ -126,7 +128,7 @@ def look_at_packages(report: Report) -> None:
         return
     report.good(f"{PACKAGE} {found['Version']}")
     wanted = found["Requires-Python"]
-    if not satisfies(platform.python_version(), wanted):
+    if not SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
         report.bad(f"Python {platform.python_version()}, must be {wanted}")
     for name, specifier in sorted([*requirements(None), ("jaxlib", "")]):
         wrong = trouble(name, specifier)
@@ -160,10 +162,11 @@ def look_at_features(report: Report) -> None:
 def requirements(extra: str | None) -> Iterator[tuple[str, str]]:
     """(distribution, versions) that the package asks for, always or for an extra."""
     for text in metadata.requires(PACKAGE) or ():
-        parts = re.fullmatch(r"([\w.-]+)(?:\[(\w+)\])?([^;]*)(;.*)?", text)
-        of = re.search(r"extra == ['\"](\w+)['\"]", text)
-        if parts is not None and (of[1] if of else None) == extra:
-            yield PLUGINS.get(parts[2] or "", parts[1]), parts[3].strip()
+        found = Requirement(text)
+        of = re.search(r"extra == ['\"](\w+)['\"]", str(found.marker))
+        if (of[1] if of else None) == extra:
+            plugin = next((PLUGINS[name] for name in found.extras if name in PLUGINS), None)
+            yield plugin or found.name, str(found.specifier)
 
 
 def version(name: str) -> str | None:
@@ -179,7 +182,7 @@ def trouble(name: str, specifier: str) -> str | None:
     found = version(name)
     if found is None:
         return f"{name} is not installed"
-    if not satisfies(found, specifier):
+    if not SpecifierSet(specifier).contains(found, prereleases=True):
         return f"{name} is {found}, must be {specifier}"
     module = MODULES.get(name, name.replace("-", "_"))
     if name in TOO_LARGE_TO_IMPORT or name in PLUGINS.values():
@@ -189,27 +192,6 @@ def trouble(name: str, specifier: str) -> str | None:
     except Exception as error:  # a library of C++ that is not there, another version of numpy, ...
         return f"{name} {found} cannot be imported ({_told(error)})"
     return None
-
-
-def satisfies(found: str, specifier: str) -> bool:
-    """Whether a version is one of a specifier such as ">=0.12,<0.13"."""
-    tests = {
-        ">=": lambda a, b: a >= b,
-        "<=": lambda a, b: a <= b,
-        "==": lambda a, b: a == b,
-        "<": lambda a, b: a < b,
-        ">": lambda a, b: a > b,
-    }
-    pairs = re.findall(r"(>=|<=|==|<|>)\s*([\d.]+)", specifier)
-    return all(tests[sign](_numbers(found), _numbers(bound)) for sign, bound in pairs)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    release = re.match(r"[\d.]+", text)
-    numbers = [int(part) for part in (release[0] if release else "0").split(".") if part]
-    while len(numbers) > 1 and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _told(error: Exception) -> str:
@@ -228,7 +210,7 @@ def look_at_machine(report: Report) -> None:
     installed = {extra for extra, name in PLUGINS.items() if version(name) is not None}
     driver = nvidia_driver()
     if driver is not None:
-        extra = "cuda13" if driver and _numbers(driver)[0] >= CUDA13_DRIVER else "cuda12"
+        extra = "cuda13" if driver and int(driver.partition(".")[0]) >= CUDA13_DRIVER else "cuda12"
         what = f"an NVIDIA GPU, driver {driver or 'unknown'}"
         if installed & {"cuda12", "cuda13"}:
             report.good(what)

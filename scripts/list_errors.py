@@ -22,7 +22,11 @@ PACKAGES = ("phi3_jax", "convert", "train", "plan", "configs")
 
 # What a user is doing when a module raises: the longest name that a module begins with counts.
 GROUPS = {
-    "The config of a model": ("phi3_jax.config", "phi3_jax.rope_parameters"),
+    "The config of a model": (
+        "phi3_jax.config",
+        "phi3_jax.config_checks",
+        "phi3_jax.rope_parameters",
+    ),
     "Model folders: finding, loading, saving": (
         "phi3_jax",
         "phi3_jax.checkpoint",

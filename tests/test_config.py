@@ -7,7 +7,7 @@ import pytest
 from reference import BASE, LONGROPE, PARTIAL_LONGROPE
 
 import phi3_jax as phi3
-from phi3_jax.config import ACTIVATIONS
+from phi3_jax.config_checks import ACTIVATIONS
 from phi3_jax.layers import ACTIVATION_FUNCTIONS
 from phi3_jax.rope import attention_factor
 

@@ -18,6 +18,7 @@ ORDER = [
         "phi3_jax.timing",
     },
     {"phi3_jax.rope_parameters", "phi3_jax.safetensors_files"},
+    {"phi3_jax.config_checks"},
     {"phi3_jax.config"},
     {"phi3_jax.folder"},
     {"phi3_jax.processes", "phi3_jax.fingerprint"},

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3_jax.config import Phi3Config, as_token_ids
+from phi3_jax.config import Phi3Config
+from phi3_jax.config_checks import as_token_ids
 from phi3_jax.frozen_mapping import FrozenMapping, thaw
 from phi3_jax.generation import config_checks
 from phi3_jax.generation.config_checks import SAMPLING_SETTINGS as SAMPLING_SETTINGS

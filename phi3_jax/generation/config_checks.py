@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from phi3_jax.config import as_token_ids
+from phi3_jax.config_checks import as_token_ids
 
 # The cuts that only drawing has a use for, in the order in which they are applied.
 SAMPLING_SETTINGS = (

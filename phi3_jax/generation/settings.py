@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.config import as_token_ids
+from phi3_jax.config_checks import as_token_ids
 from phi3_jax.generation import processors, warpers
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.processors import SequenceBias

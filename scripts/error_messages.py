@@ -41,7 +41,10 @@ TURN = re.compile(
     r"| (?=must\b|needs? )"
     r"|\. (?=Before ))"
 )
-LONGEST_NAME = 30
+# Calls that leave a value what it is, and those that tell something of it.
+SHOWN = {"str", "repr", "int", "sorted", "list", "tuple", "dict", "dtype", "join", "getattr"}
+MEASURES = {"len": "number", "type": "type", "np.shape": "shape"}
+AXES = {"B": "rows", "T": "tokens"}
 WRAPPED = "as the error in it says"
 
 
@@ -324,33 +327,62 @@ def one_of(texts: list[str]) -> str:
 
 
 def value_name(node: ast.expr) -> str:
-    """The name of a value, without what is done to it for show."""
-    if isinstance(node, ast.Call):
-        called = ast.unparse(node.func)
-        shown = ("str", "repr", "int", "sorted", "list", "tuple", "dict")
-        private = called.startswith("_") and len(node.args) == 1
-        if called in shown or called.endswith(".join") or private:
-            return value_name(node.args[0])
-        if isinstance(node.func, ast.Attribute) and not node.args:
-            if node.func.attr in ("strip", "splitlines"):
-                return value_name(node.func.value)
-            return node.func.attr.removeprefix("get_")
-        if called == "map":
-            return value_name(node.args[1])
-        if called in ("len", "type"):
-            return f"{'number' if called == 'len' else 'type'} of {value_name(node.args[0])}"
-    if isinstance(node, ast.GeneratorExp | ast.ListComp):
-        return value_name(node.generators[0].iter)
-    if isinstance(node, ast.Attribute) and node.attr == "__name__":
-        return value_name(node.value)
-    if isinstance(node, ast.BoolOp):
-        return " or ".join(map(value_name, node.values))
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
-        return value_name(node.value)
-    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call):
-        return value_name(node.value)
-    name = re.sub(r"\bself\.|'|\b_(?=[a-z])", "", ast.unparse(node))
-    return name if len(name) <= LONGEST_NAME or not isinstance(node, ast.Call) else called
+    """What a value is to a reader of the message, without how the code gets it."""
+    match node:
+        case ast.Attribute(value=owner, attr="__name__"):
+            return value_name(owner)
+        case (
+            ast.Attribute(value=owner, attr="shape" | "dtype" as what)
+            | ast.Attribute(value=ast.Name(id="error") as owner, attr=what)
+        ):
+            return f"{what} of {value_name(owner)}"
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return plain_name(name)
+        case ast.Call():
+            return name_of_call(node)
+        case ast.GeneratorExp(generators=[first, *_]) | ast.ListComp(generators=[first, *_]):
+            return value_name(first.iter)
+        case ast.Subscript(slice=ast.Constant(value=str(key))):
+            return key
+        case ast.Subscript(value=owner, slice=ast.UnaryOp()):
+            return f"last of {value_name(owner)}"
+        case ast.Subscript(value=owner) | ast.Starred(value=owner):
+            return value_name(owner)
+        case ast.BoolOp(op=ast.And(), values=[*_, last]):
+            return value_name(last)
+        case ast.BoolOp(values=values):
+            return " or ".join(map(value_name, values))
+        case ast.Tuple(elts=values) | ast.List(elts=values):
+            return ", ".join(map(value_name, values))
+        case ast.BinOp(left=left, op=op, right=right):
+            left, right = ast.Name(value_name(left)), ast.Name(value_name(right))
+            return ast.unparse(ast.BinOp(left, op, right))
+    return ast.unparse(node).replace("'", "")
+
+
+def name_of_call(node: ast.Call) -> str:
+    """What a call gives; the value itself where it is only made fit for show."""
+    called = ast.unparse(node.func)
+    owner, _, name = called.rpartition(".")
+    private = called.startswith("_") and len(node.args) == 1
+    if name in SHOWN or private:
+        return value_name(node.args[0])
+    if called in MEASURES:
+        return f"{MEASURES[called]} of {value_name(node.args[0])}"
+    if called == "map":
+        return value_name(node.args[1])
+    if isinstance(node.func, ast.Attribute) and name in ("strip", "splitlines", "pop"):
+        return value_name(node.func.value)
+    if name == "get":
+        key = node.args[0]
+        return str(key.value) if isinstance(key, ast.Constant) else owner
+    return plain_name(name.removeprefix("get_"))
+
+
+def plain_name(name: str) -> str:
+    """A variable's name without marks for the reader of the code: axes, privacy, capitals."""
+    name = AXES.get(name, name).removeprefix("_")
+    return name.lower().replace("_", " ") if name.isupper() else re.sub(r"_[A-Z]+n?$", "", name)
 
 
 def walk(

@@ -5,6 +5,7 @@ python scripts/list_errors.py --check     # status 1 where the file is not what 
 """
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -60,6 +61,11 @@ GROUPS = {
     "Planning": ("plan",),
 }
 
+# Where a message need not tell one.
+NO_WAY_OUT = {
+    "warning": "none is needed: all goes on",
+    "line of a list": "in the message that has the list",
+}
 # What runs a command, and turns errors into lines.
 ENTRIES = {"main", "run_command"}
 
@@ -67,15 +73,18 @@ INTRODUCTION = """\
 # Errors
 
 Made by `python scripts/list_errors.py` from the code; a test keeps it so. A message says what was
-wrong, the value, the limit and the way out. Here it is cut in two at that turn, with {names} for
-values, (one / another) for what is chosen from, and [what may be missing]. Long messages are one
-line here. `printed` is what a command says without an exception, `warning` a Python warning, after
-which all goes on, and `line of a list` a part of one message that lists all problems at once.
+wrong, the value, the limit and the way out. Here it is cut in two at that turn, which is a comma, a
+semicolon or a full stop. To find yours, search the page for some words of it: {names} stand for
+values, as in `{shape of labels}`, (one / another) for what is chosen from, and [what may be
+missing]. Long messages are one line here. `printed` is what a command says without an exception,
+`warning` a Python warning, and `line of a list` a part of one message that lists all problems at
+once.
 
 The commands turn the errors in the next table into `error: MESSAGE` on stderr; another error
-comes with its traceback. Arguments that do not parse end with status 2, as in every
-program made with typer. What the operating system says (no such file, no space) is an `OSError`
-in its own words. `phi3-doctor` says what is missing or broken in an installation.
+comes with its traceback. What is not in the table ends with status 0, and arguments that do not
+parse with status 2, as in every program made with typer. What the operating system says (no such
+file, no space) is an `OSError` in its own words. `phi3-doctor` says what is missing or broken in an
+installation.
 """
 
 
@@ -104,24 +113,48 @@ def exits(module: Module, reader: Reader) -> Iterator[str]:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     scripts = settings["project"]["scripts"].items()
     commands = [name for name, entry in scripts if entry.partition(":")[0] == module.name]
+    entries = [function for name, function in module.helpers.items() if name in ENTRIES]
+    told = {ast.unparse(node.func) for node in calls(entries)}
     for name, function in module.helpers.items():
-        statuses = [
-            reader.shown(node.args[0], Scope(module, [], node.lineno)).strip("{}")
-            for node in ast.walk(function)
-            if isinstance(node, ast.Call)
-            and node.args
-            and ast.unparse(node.func) in ("sys.exit", "typer.Exit")
-        ]
+        ends = list(statuses(function, module, reader))
         caught = [
             ast.unparse(node.type).strip("()")
             for node in ast.walk(function)
             if isinstance(node, ast.ExceptHandler) and node.type and name in ENTRIES
         ]
-        if not statuses and not caught:
+        if not ends and not caught or name in told:
             continue
         summary = (ast.get_docstring(function) or "").partition("\n\n")[0].replace("\n", " ")
-        status = ", ".join(map(code, statuses))
-        yield f"| {', '.join(commands)} | {status} | {summary} | {', '.join(caught)} |"
+        called = " ".join([", ".join(commands), *subcommand(function)])
+        yield f"| {called} | {' or '.join(sorted(ends))} | {summary} | {', '.join(caught)} |"
+
+
+def calls(functions: Iterable[ast.FunctionDef]) -> Iterator[ast.Call]:
+    for function in functions:
+        yield from (node for node in ast.walk(function) if isinstance(node, ast.Call))
+
+
+def statuses(function: ast.FunctionDef, module: Module, reader: Reader) -> Iterator[str]:
+    """What a function ends the program with; what runs a command may do so through a helper."""
+    for node in calls([function]):
+        called = ast.unparse(node.func)
+        if called in ("sys.exit", "typer.Exit"):
+            ends = node.args[0]
+            for value in (ends.body, ends.orelse) if isinstance(ends, ast.IfExp) else (ends,):
+                yield reader.shown(value, Scope(module, [], node.lineno)).strip("{}")
+        elif called in module.helpers and function.name in ENTRIES:
+            yield from statuses(module.helpers[called], module, reader)
+
+
+def subcommand(function: ast.FunctionDef) -> list[str]:
+    """The name under which typer has a function, if it has one: `@app.command(NAME)`."""
+    return [
+        decorator.args[0].value
+        for decorator in function.decorator_list
+        if isinstance(decorator, ast.Call)
+        and decorator.args
+        and isinstance(decorator.args[0], ast.Constant)
+    ]
 
 
 def code(text: str) -> str:
@@ -137,7 +170,7 @@ def page(modules: list[Module]) -> str:
     """
     reader = Reader(modules)
     entries = merged(entry for module in modules for entry in reader.entries(module))
-    lines = [INTRODUCTION, "| command | status | when | errors that become one line |"]
+    lines = [INTRODUCTION, "| command | ends with status | when | errors that become one line |"]
     lines += ["|---|---|---|---|"]
     for module in modules:
         lines += exits(module, reader)
@@ -147,9 +180,11 @@ def page(modules: list[Module]) -> str:
         lines += ["|---|---|---|"]
         for entry in some:
             wrong, way_out = entry.parts()
-            shown = way_out if way_out == WRAPPED else code(way_out)
+            if way_out != WRAPPED:
+                # Of "(; one / ; another)" the marks at which the message turns.
+                way_out = code(re.sub(r"(^\(|/ )[;:] ", r"\1", way_out)) or NO_WAY_OUT[entry.kind]
             places = ", ".join(f"`{entry.module}.{name}`" for name in entry.functions)
-            lines.append(f"| {code(wrong)} | {shown} | {entry.kind}, {places} |")
+            lines.append(f"| {code(wrong)} | {way_out} | {entry.kind}, {places} |")
     return "\n".join(lines) + "\n"
 
 

@@ -147,6 +147,33 @@ def test_messages_are_read_off_the_code(raised, kind, message, parts):
 
 
 @pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("self.config.vocab_size", "vocab_size"),
+        ("ids_BT.shape", "shape of ids"),
+        ("steps[-1]", "last of steps"),
+        ("sizes['data'] * over", "data * over"),
+        ("folder / 'config.json'", "folder / config.json"),
+        ("values.get('r')", "r"),
+        ("texts and texts[1]", "texts"),
+        ("checkpoints.path(step)", "path"),
+        ("_KNOWN_NAMES", "known names"),
+    ],
+)
+def test_values_are_named_for_readers_of_the_message(value, name):
+    assert error_messages.value_name(ast.parse(value, mode="eval").body) == name
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["phi3-doctor | 0 or 1", "phi3-convert verify | 0 or 1", "phi3-train run | 75",
+     "phi3-train | 1", "phi3-plan | 3", "phi3-plan | 1 or 2"],
+)  # fmt: skip
+def test_statuses_are_on_the_page(page, row):
+    assert f"\n| {row} | " in page
+
+
+@pytest.mark.parametrize(
     ("raised", "why"),
     [
         ("raise ValueError(elsewhere(x))", "cannot be read"),

@@ -1,7 +1,7 @@
 """All weights of Phi-3-mini-4k on one host of TPU v5e.
 
 Hardware: v5litepod-8 (8 chips of 16 GB, one host).
-Memory: 11.2 GiB a chip (of 15.75), by the compiler (phi3-plan).
+Memory: 10.6 GiB a chip (of 15.75), by the compiler (phi3-plan).
 Time: estimated at 40 % of the peak: 25,000 tokens/s.
 Command: phi3-train sft_mini_4k_v5e8 data.path=DATA
 """

@@ -100,7 +100,9 @@ def _verify(
 
 @app.command("inspect")
 def _inspect(path: Source) -> None:
-    """List keys, shapes, dtypes and bytes of a folder of either format, and its config."""
+    """List keys, shapes, dtypes and bytes of a folder of either format, and its config; status 1
+    where they do not fit.
+    """
     from convert.inspect_folder import inspect_folder
 
     text, problems = inspect_folder(path)

@@ -25,7 +25,7 @@
 MODEL = None  # a model folder or a hub id
 
 # %% [markdown]
-# Installing: nothing happens here in a checkout, or where the package is installed.
+# Installing, from the checkout that this notebook lies in: nothing happens here where all is there.
 
 # %%
 import importlib.util
@@ -33,14 +33,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-for folder in (Path.cwd(), Path.cwd().parent):
-    if (folder / "phi3_jax").is_dir():
-        sys.path.insert(0, str(folder))
+folders = [folder for folder in (Path.cwd(), Path.cwd().parent) if (folder / "phi3_jax").is_dir()]
+sys.path[:0] = map(str, folders)
 if importlib.util.find_spec("phi3_jax") is None:
+    raise ImportError(
+        f"{Path.cwd()} is no checkout of phi3-jax, nor its notebooks/; "
+        "open the notebook where it lies, or change into a checkout by %cd"
+    )
+if any(importlib.util.find_spec(name) is None for name in ("flax", "grain", "matplotlib")):
     # A plugin of jax for an accelerator has to be of the same version as jax.
     plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
     extras = [extra for name, extra in plugins.items() if importlib.util.find_spec(name)]
-    package = f"phi3-jax[{','.join(['train', *extras])}]"
+    package = f"{folders[0] if folders else 'phi3-jax'}[{','.join(['train', *extras])}]"
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, package, "huggingface_hub", "matplotlib"], check=True)
 

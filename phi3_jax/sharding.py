@@ -260,10 +260,11 @@ def shard_params(model: nn.Module, params: Any) -> dict[str, Any]:
     params = plain_tree(params)
     expected, wanted = abstract_params(model.clone(mesh=None)), abstract_params(model)
     found = jax.tree.map(jnp.shape, params)
-    if found != jax.tree.map(lambda leaf: leaf.shape, expected):
+    shapes = jax.tree.map(lambda leaf: leaf.shape, expected)
+    if found != shapes:
         raise ValueError(
             "these are not the model's parameters without padding: their shapes are "
-            f"{found}, must be {jax.tree.map(lambda leaf: leaf.shape, expected)}"
+            f"{found}, must be {shapes}"
         )
 
     def place(leaf, target):

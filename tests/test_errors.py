@@ -1,10 +1,11 @@
 """docs/errors.md has every error, as the code says it, and no message leaves the user alone."""
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
+import error_messages
+import list_errors
 import pytest
 
 from phi3_jax.config import Phi3Config
@@ -17,17 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("list_errors", ROOT / "scripts/list_errors.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def modules(tool):
-    return tool.modules()
+def modules():
+    return list_errors.modules()
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +31,8 @@ def words_of(text: str) -> str:
     return " ".join(re.findall(r"[A-Za-z]+", text))
 
 
-def test_the_page_is_what_the_code_says(tool, modules, page):
-    assert tool.page(modules) == page, "python scripts/list_errors.py > docs/errors.md"
+def test_the_page_is_what_the_code_says(modules, page):
+    assert list_errors.page(modules) == page, "python scripts/list_errors.py > docs/errors.md"
 
 
 def test_every_raised_text_is_on_the_page(modules, page):
@@ -63,12 +55,12 @@ def test_every_raised_text_is_on_the_page(modules, page):
     assert statements > 250
 
 
-def test_what_is_left_out_is_still_there(tool, modules):
+def test_what_is_left_out_is_still_there(modules):
     places = set()
     for module in modules:
-        for functions, classes, _ in tool.walk(module.tree, [], []):
+        for functions, classes, _ in error_messages.walk(module.tree, [], []):
             places.add(".".join([module.name, *classes, *(f.name for f in functions)]))
-    assert tool.PASSED_ON | tool.WORDS_OF_OTHERS <= places
+    assert error_messages.PASSED_ON | error_messages.WORDS_OF_OTHERS <= places
 
 
 @pytest.mark.parametrize(
@@ -84,14 +76,14 @@ def test_what_is_left_out_is_still_there(tool, modules):
         (lambda: open_records("no/such/file.jsonl"), "train.records"),
     ],
 )
-def test_what_is_raised_is_what_was_read(tool, modules, call, home):
+def test_what_is_raised_is_what_was_read(modules, call, home):
     with pytest.raises((ValueError, OSError)) as raised:
         call()
     [module] = [module for module in modules if module.name == home]
     message = " ".join(str(raised.value).split())
     patterns = {
         entry.message: re.sub(r"\\\{.*?\\\}", ".*", re.escape(entry.message))
-        for entry in tool.Reader(modules).entries(module)
+        for entry in error_messages.Reader(modules).entries(module)
         if entry.kind == type(raised.value).__name__
     }
     assert [text for text, pattern in patterns.items() if re.fullmatch(pattern, message)], message
@@ -147,11 +139,38 @@ def broken(what) -> OSError:
         ),
     ],
 )
-def test_messages_are_read_off_the_code(tool, raised, kind, message, parts):
-    module = tool.Module("train.some", f"{HELPERS}\ndef check(self, x):\n    {raised}\n")
-    [*_, entry] = tool.Reader([module]).entries(module)
+def test_messages_are_read_off_the_code(raised, kind, message, parts):
+    module = error_messages.Module("train.some", f"{HELPERS}\ndef check(self, x):\n    {raised}\n")
+    [*_, entry] = error_messages.Reader([module]).entries(module)
     assert (entry.kind, entry.message, entry.parts()) == (kind, message, parts)
     assert entry.functions == ["check"]
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("self.config.vocab_size", "vocab_size"),
+        ("ids_BT.shape", "shape of ids"),
+        ("steps[-1]", "last of steps"),
+        ("sizes['data'] * over", "data * over"),
+        ("folder / 'config.json'", "folder / config.json"),
+        ("values.get('r')", "r"),
+        ("texts and texts[1]", "texts"),
+        ("checkpoints.path(step)", "path"),
+        ("_KNOWN_NAMES", "known names"),
+    ],
+)
+def test_values_are_named_for_readers_of_the_message(value, name):
+    assert error_messages.value_name(ast.parse(value, mode="eval").body) == name
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["phi3-doctor | 0 or 1", "phi3-convert verify | 0 or 1", "phi3-train run | 75",
+     "phi3-train | 1", "phi3-plan | 3", "phi3-plan | 1 or 2"],
+)  # fmt: skip
+def test_statuses_are_on_the_page(page, row):
+    assert f"\n| {row} | " in page
 
 
 @pytest.mark.parametrize(
@@ -167,14 +186,14 @@ def test_messages_are_read_off_the_code(tool, raised, kind, message, parts):
         ("warnings.warn(x)", "cannot be read"),
     ],
 )
-def test_what_cannot_be_read_or_says_too_little_is_refused(tool, raised, why):
-    module = tool.Module("train.some", f"def check(x):\n    {raised}\n")
-    with pytest.raises(tool.Unreadable, match=why):
-        list(tool.Reader([module]).entries(module))
+def test_what_cannot_be_read_or_says_too_little_is_refused(raised, why):
+    module = error_messages.Module("train.some", f"def check(x):\n    {raised}\n")
+    with pytest.raises(error_messages.Unreadable, match=why):
+        list(error_messages.Reader([module]).entries(module))
 
 
-def test_a_module_without_a_place_is_refused(tool):
-    with pytest.raises(tool.Unreadable, match="serve has no place in GROUPS"):
-        tool.group_of("serve.http")
-    assert tool.group_of("phi3_jax.text.chat") == "Tokenizer and chat template"
-    assert tool.group_of("phi3_jax.text.streamers") == "Generating"
+def test_a_module_without_a_place_is_refused():
+    with pytest.raises(error_messages.Unreadable, match="serve has no place in GROUPS"):
+        list_errors.group_of("serve.http")
+    assert list_errors.group_of("phi3_jax.text.chat") == "Tokenizer and chat template"
+    assert list_errors.group_of("phi3_jax.text.streamers") == "Generating"

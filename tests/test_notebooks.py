@@ -89,12 +89,29 @@ def test_nothing_is_installed_in_a_checkout(folder, monkeypatch, pip):
     assert sys.path[0] == str(ROOT)
 
 
-def test_elsewhere_the_package_is_installed_with_the_plugin_that_is_there(
-    tmp_path, monkeypatch, pip
+@pytest.mark.parametrize("missing", ["flax", "grain", "matplotlib"])
+def test_what_is_missing_is_installed_from_the_checkout_with_the_plugin_that_is_there(
+    missing, monkeypatch, pip
 ):
-    monkeypatch.chdir(tmp_path)
-    pretend(monkeypatch, {"phi3_jax", "libtpu", "jax_cuda13_plugin"}, {"jax_cuda12_plugin"})
+    monkeypatch.chdir(ROOT / "notebooks")
+    pretend(monkeypatch, {missing, "libtpu", "jax_cuda13_plugin"}, {"jax_cuda12_plugin"})
     install(SOURCES[0])
     assert len(pip) == 1
     assert pip[0][:4] == [sys.executable, "-m", "pip", "install"]
-    assert {"phi3-jax[train,cuda12]", "matplotlib"} <= set(pip[0])
+    assert {f"{ROOT}[train,cuda12]", "matplotlib"} <= set(pip[0])
+
+
+def test_elsewhere_what_is_missing_is_that_of_the_installed_package(tmp_path, monkeypatch, pip):
+    monkeypatch.chdir(tmp_path)
+    plugins = {"libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin"}
+    pretend(monkeypatch, {"grain", *plugins}, {"phi3_jax"})
+    install(SOURCES[0])
+    assert "phi3-jax[train]" in pip[0]
+
+
+def test_elsewhere_without_the_package_the_way_out_is_said(tmp_path, monkeypatch, pip):
+    monkeypatch.chdir(tmp_path)
+    pretend(monkeypatch, {"phi3_jax"}, ())
+    with pytest.raises(ImportError, match="is no checkout of phi3-jax.*open the notebook where it"):
+        install(SOURCES[0])
+    assert not pip

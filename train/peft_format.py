@@ -104,8 +104,9 @@ def save_adapter(
     if {path: leaf.shape for path, leaf in leaves.items()} != {
         path: leaf.shape for path, leaf in wanted.items()
     }:
+        shapes = jax.tree.map(np.shape, adapters)
         raise ValueError(
-            f"adapters of the shapes {jax.tree.map(np.shape, adapters)} are not those of this "
+            f"adapters of the shapes {shapes} are not those of this "
             "model and these settings; give those that they were trained with"
         )
     table = AdapterTable(model.config, lora.targets, lora.rank)

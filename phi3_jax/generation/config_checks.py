@@ -281,10 +281,11 @@ def check_together(config: Any) -> None:
     _check_cache(config)
     _check_sequences(config)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = as_token_ids(getattr(config, name))
+        value = getattr(config, name)
+        forced = as_token_ids(value)
         if forced and not set(forced) - set(config.suppress_tokens or ()):
             raise ValueError(
-                f"{name} is {getattr(config, name)!r} and suppress_tokens holds all of it, which "
+                f"{name} is {value!r} and suppress_tokens holds all of it, which "
                 "leaves no token to choose; take it out of one of them (min_new_tokens keeps "
                 "rows from ending early)"
             )

@@ -111,8 +111,9 @@ class All:
         together = np.bitwise_and.reduce(answers)
         apart = np.logical_and.reduce([answer.any(axis=1) for answer in answers])
         if (none := apart & ~together.any(axis=1)).any():
+            row = int(np.argmax(none))
             raise ValueError(
-                f"the constraints have no token in common for row {int(np.argmax(none))} after "
+                f"the constraints have no token in common for row {row} after "
                 f"{step} new tokens; use fewer of prefix_allowed_tokens_fn, grammar and "
                 "token_healing at once"
             )

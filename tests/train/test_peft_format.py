@@ -248,6 +248,13 @@ def test_broken_and_missing_files(name, tmp_path):
 # --- Whole or not at all ---------------------------------------------------------------------
 
 
+def test_what_an_interrupted_run_left_is_refused(tmp_path):
+    saved(tmp_path / "adapter")
+    left = (tmp_path / "adapter").rename(tmp_path / ".adapter.partial-0a1b2c3d")
+    with pytest.raises(ValueError, match="left unfinished by an interrupted run; run that again"):
+        load_adapter(left, model_of())
+
+
 def test_an_existing_folder_stays(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine").write_text("mine")

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from phi3_jax.json_files import read_json_object
 from phi3_jax.processes import by_all
 from train.config import TrainConfig
+from train.metrics import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
@@ -30,8 +31,9 @@ def own_folder(folder: Path) -> Generator[None]:
     """Makes the folder of a run, for all of its processes, and keeps a second run out of it.
 
     Raises:
-      ValueError: where another run is writing into it, it has the config.json of a model, its
-        file system has no locks, or the processes do not all see the same folder.
+      ValueError: where another run is writing into it, it has the config.json of a model or the
+        metrics of another program, its file system has no locks, or the processes do not all see
+        the same folder.
     """
     with contextlib.ExitStack() as stack:
         mark = np.frombuffer(secrets.token_bytes(8), np.uint8)
@@ -53,7 +55,7 @@ def own_folder(folder: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, mark: str) -> Generator[None]:
-    _check_config(folder / CONFIG_FILE)
+    _check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a+", encoding="utf-8") as lock:
         try:
@@ -75,20 +77,26 @@ def _locked(folder: Path, mark: str) -> Generator[None]:
         yield
 
 
-def _check_config(path: Path) -> None:
-    """Refuses a folder with the config of something else, such as a model: the run's would take its
-    place.
+def _check_own(folder: Path) -> None:
+    """Refuses a folder with files of something else, such as a model, that a run would overwrite.
+
+    A run writes its config before the first line of its metrics, so that one which ended before its
+    first checkpoint is known by it.
     """
-    if not path.is_file():
-        return
+    config, metrics = folder / CONFIG_FILE, folder / METRICS_FILE
     try:
-        is_own = {"folder", "data"} <= read_json_object(path).keys()
+        is_run = config.is_file() and {"folder", "data"} <= read_json_object(config).keys()
     except ValueError:
-        is_own = False
-    if not is_own:
+        is_run = False
+    if config.is_file() and not is_run:
         raise ValueError(
-            f"{str(path)!r} is not the config of a run, and would be overwritten; choose another "
+            f"{str(config)!r} is not the config of a run, and would be overwritten; choose another "
             "folder (folder=...)"
+        )
+    if metrics.is_file() and metrics.stat().st_size and not is_run:
+        raise ValueError(
+            f"{str(metrics)!r} has no {CONFIG_FILE} of a run beside it, and would be overwritten; "
+            "choose another folder (folder=...), or move that file away"
         )
 
 

@@ -1,5 +1,6 @@
 """The folder of a run is one for all of its processes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from train.config import DataConfig, TrainConfig
 from train.run_folder import own_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from train.config import DataConfig, TrainConfig
 from train.run_folder import own_folder
 try:
     with own_folder(Path(sys.argv[3])):
@@ -25,6 +28,10 @@ except Exception as error:
     print(type(error).__name__, error, flush=True)
 jax.distributed.shutdown()
 """
+
+
+RUN = TrainConfig(folder="runs/one", data=DataConfig(path="data"), steps=3)
+CONFIG = json.dumps(RUN.to_dict())
 
 
 def two_processes(folders: list[Path]) -> list[str]:
@@ -76,3 +83,25 @@ def test_the_config_of_something_else_is_not_overwritten(tmp_path, text):
             raise AssertionError("not entered")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == text
+
+
+def test_the_metrics_of_something_else_are_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": 0.5}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl' has no config.json of a run beside it"):
+        with own_folder(tmp_path):
+            raise AssertionError("not entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"metrics.jsonl": "", ".lock": "0a"},  # ended before its config was written
+        {"metrics.jsonl": '{"kind": "train", "step": 1}\n', "config.json": CONFIG},
+    ],
+)
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with own_folder(tmp_path):
+        pass

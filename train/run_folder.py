@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and whether a run may go on in it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from phi3_jax.json_files import read_json_object
 from phi3_jax.processes import by_all
-from train.config import TrainConfig
+from train.config import LoraConfig, OptimizerConfig, TrainConfig
 from train.metrics import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -24,6 +25,7 @@ _LOCK = ".lock"
 
 # What a run may not change when it goes on; model, data and weights are compared besides.
 _FIXED = ("optimizer", "lora", "batch_size", "seed")
+_SECTIONS = {"optimizer": OptimizerConfig(), "lora": LoraConfig()}
 
 
 @contextlib.contextmanager
@@ -112,6 +114,8 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 def check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
     """Refuses to go on with other settings, data or weights than the run began with.
 
+    Settings that the version which began it did not have were as they are by default.
+
     Args:
       saved: values of a checkpoint: config, model (its config), data (a fingerprint) and frozen
         (that of the weights that are not trained).
@@ -119,13 +123,25 @@ def check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> 
       folder: of the run.
 
     Raises:
-      ValueError: with all that differs.
+      ValueError: with all that differs, or with the settings that this version does not have.
     """
     run = json.loads(json.dumps(run))
-    then, now = saved["config"], run["config"]
-    changed = [
-        f"{name} was {then[name]}, is {now[name]}" for name in _FIXED if then[name] != now[name]
-    ]
+    changed, unknown = [], []
+    for name in _FIXED:
+        was, value = saved["config"][name], run["config"][name]
+        then, now = {name: was}, {name: value}
+        if isinstance(was, dict) and isinstance(value, dict):
+            default = json.loads(json.dumps(dataclasses.asdict(_SECTIONS[name])))
+            then = {f"{name}.{key}": part for key, part in (default | was).items()}
+            now = {f"{name}.{key}": part for key, part in value.items()}
+        changed += [f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]]
+        unknown += [key for key in then if key not in now]
+    if unknown:
+        raise ValueError(
+            f"{str(folder)!r} holds a run of another version, with {', '.join(unknown)} in its "
+            "config, which this version does not know; go on with the version that began it, or "
+            "choose another folder (folder=...)"
+        )
     changed += [
         f"the model's {name} was {value}, is {run['model'].get(name)}"
         for name, value in saved["model"].items()

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
+from phi3_jax.json_files import parse_json
 from phi3_jax.processes import by_all, on_host
 from phi3_jax.sharding import Names, named_sharding
 
@@ -136,9 +137,10 @@ class PromptCache:
             raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
         dtype = arrays.get("k_LBKSH", np.empty(0, model.dtype)).dtype
         _check(path, metadata, config, dtype, model.dtype)
-        ring, quantized = (json.loads(metadata[name]) for name in ("ring", "quantized"))
+        ring, quantized, capacity = (
+            _value(path, metadata, name) for name in ("ring", "quantized", "capacity")
+        )
         init = functools.partial(KVCache.init, ring=ring, quantized=quantized)
-        capacity = int(metadata["capacity"])
         empty = jax.eval_shape(lambda: init(config, 1, capacity, model.dtype, mesh))
         tokens = arrays.pop("tokens")
 
@@ -175,17 +177,26 @@ def _model(config: Phi3Config) -> dict[str, Any]:
 def _check(path: Path, metadata: dict[str, str], config: Phi3Config, dtype, wanted_dtype) -> None:
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} is not a prompt cache; PromptCache.save writes one")
-    if metadata["version"] != _VERSION:
+    if (version := metadata.get("version")) != _VERSION:
         raise ValueError(
-            f"{str(path)!r} is a prompt cache of version {metadata['version']}, this is "
-            f"{_VERSION}; make it again"
+            f"{str(path)!r} is a prompt cache of version {version}, this is {_VERSION}; make it "
+            "again"
         )
-    _check_model(repr(str(path)), json.loads(metadata["model"]), config)
+    _check_model(repr(str(path)), _value(path, metadata, "model"), config)
     if dtype != np.dtype(wanted_dtype):
         raise ValueError(
             f"{str(path)!r} holds {dtype}, this model computes in {np.dtype(wanted_dtype)}; load "
             "the model in that dtype, or make the cache again"
         )
+
+
+def _value(path: Path, metadata: dict[str, str], name: str) -> Any:
+    try:
+        return parse_json(metadata.get(name, ""))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is a prompt cache whose {name} is not JSON ({error}); make it again"
+        ) from None
 
 
 def _check_model(what: str, theirs: dict[str, Any], config: Phi3Config) -> None:

@@ -174,6 +174,14 @@ def test_bfloat16_and_what_is_refused(tmp_path):
     save_file(load_file(path), newer, {**metadata, "version": "3"})
     with pytest.raises(ValueError, match="of version 3, this is 2"):
         PromptCache.load(newer, model)
+    for name, text, words in (
+        ("model", "[" * 10**5, "model is not JSON .nested too deeply"),
+        ("ring", "yes", "ring is not JSON"),
+        ("capacity", "", "capacity is not JSON"),
+    ):
+        save_file(load_file(path), newer, {**metadata, name: text})
+        with pytest.raises(ValueError, match=f"is a prompt cache whose {words}.*; make it again"):
+            PromptCache.load(newer, model)
     save_file({"k": np.zeros(3)}, tmp_path / "else")
     with pytest.raises(ValueError, match="is not a prompt cache"):
         PromptCache.load(tmp_path / "else", model)

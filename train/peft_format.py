@@ -24,7 +24,7 @@ from phi3_jax.hf_format import LeafPath, Weight, WeightTable, raise_problems
 from phi3_jax.json_files import read_json_object
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.processes import by_all, staged_by_all
-from phi3_jax.safetensors_files import DTYPES
+from phi3_jax.safetensors_files import DTYPES, save_file
 from train.config import TARGETS, LoraConfig
 from train.lora import abstract_adapters, check_lora
 
@@ -140,8 +140,7 @@ def save_adapter(
         if jax.process_index() == 0:
             text = json.dumps(values, indent=2) + "\n"
             (stage / CONFIG_FILE).write_text(text, encoding="utf-8")
-            path = stage / WEIGHTS_FILE
-            safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+            save_file(tensors, stage / WEIGHTS_FILE, {"format": "pt"})
 
 
 def load_adapter(folder: str | Path, model: Phi3ForCausalLM) -> tuple[LoraConfig, dict[str, Any]]:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.json_files import parse_json
 from phi3_jax.processes import by_all, on_host
+from phi3_jax.safetensors_files import save_file
 from phi3_jax.sharding import Names, named_sharding
 
 _FORMAT = "phi3_jax prompt cache"

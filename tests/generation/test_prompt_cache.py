@@ -216,3 +216,5 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
     second.save(path)
     np.testing.assert_array_equal(PromptCache.load(path, model).tokens, second.tokens)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    (tmp_path / "any file").touch()
+    assert path.stat().st_mode == (tmp_path / "any file").stat().st_mode

@@ -11,6 +11,7 @@ import typer
 
 from phi3_jax import compilation_cache
 from phi3_jax.interrupts import ctrl_c_ends_imports
+from phi3_jax.json_files import parse_json
 from phi3_jax.timing import Timing
 
 EMBEDDED_MODEL = Path(__file__).parent / "tiny_demo"
@@ -412,7 +413,7 @@ def _value(text: str) -> Any:
     """A setting's value as typed: JSON, or Python's words for the same."""
     text = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         raise ValueError(f"{text!r} must be a number, list, true, false or null") from None
 

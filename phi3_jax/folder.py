@@ -50,10 +50,7 @@ def find_folder(name: str | Path) -> Path:
         raise ValueError("the name of the model folder is empty; give a path or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if re.match(rf"\..*{_PARTIAL}", folder.resolve().name):
-            raise ValueError(
-                f"{str(name)!r} was left unfinished by an interrupted run; run that again"
-            )
+        check_finished(folder)
         if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             raise ValueError(
                 f"{str(name)!r} holds an adapter, expected a model folder; without --adapter "
@@ -67,6 +64,18 @@ def find_folder(name: str | Path) -> Path:
             f"there is no folder {str(name)!r}; give one that is there, or a hub id, OWNER/NAME"
         )
     return _download(name)
+
+
+def check_finished(folder: Path) -> None:
+    """Refuses a folder of `staged_folder` that an interrupted run left behind.
+
+    Raises:
+      ValueError: then.
+    """
+    if re.match(rf"\..*{_PARTIAL}", folder.resolve().name):
+        raise ValueError(
+            f"{str(folder)!r} was left unfinished by an interrupted run; run that again"
+        )
 
 
 def _download(hub_id: str) -> Path:

@@ -13,7 +13,8 @@ use_environment .venv-test "[test]"
 case $suite in
   faults) exec "$PYTHON" -m pytest --numprocesses 2 tests/faults tests/train/test_faults.py "$@" ;;
   kills)
-    exec "$PYTHON" -m pytest -s --long tests/convert/test_kill.py tests/train/test_kill_run.py "$@"
+    exec "$PYTHON" -m pytest -s --long tests/convert/test_kill.py tests/train/test_kill_run.py \
+      tests/train/test_kill_export.py "$@"
     ;;
   fuzz) HYPOTHESIS_PROFILE=long exec "$PYTHON" -m pytest -s tests/faults/test_fuzz.py "$@" ;;
   *) echo "no suite $suite: faults, kills, fuzz, first-hour" >&2; exit 2 ;;

@@ -259,6 +259,7 @@ def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
         "!set temperature=-1",
         "!set nonsense=1",
         "!set top_k=x",
+        f"!set top_p={'[' * 100_000}",
         "!set top_k",
         "!set extra=3",
         "!save",
@@ -266,8 +267,8 @@ def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
     ]
     status, _, err = run(cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
     assert status == 0 and file.read_text() == "mine"
-    needed = ("!set needs NAME=VALUE", "!save needs a file name")
-    for words in ("temperature is -1", "'nonsense'", "'x' must be a number", *needed):
+    values = ("temperature is -1", "'nonsense'", "'x' must be a number", "[[' must be a number")
+    for words in (*values, "!set needs NAME=VALUE", "!save needs a file name"):
         assert words in err
     assert "File exists" in err
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,16 @@ def record_batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, str]]:
     return batches
 
 
+def command_in_child(arguments: Sequence[str], log: str, devices: int) -> None:
+    """What a process forked for one command does; its output goes into a file."""
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    jax.config.update("jax_num_cpu_devices", devices)
+    sys.argv = ["phi3-train", *arguments]
+    main()
+
+
 def train_in_child(
     config: TrainConfig, log: str, devices: int, watch: str | None, environ: dict[str, str]
 ) -> None:
@@ -153,14 +164,10 @@ def train_in_child(
 
     With `watch`, the batches and the files of the run that Python opens to write go into that file.
     """
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
     os.environ.update(environ)
-    jax.config.update("jax_num_cpu_devices", devices)
-    sys.argv = ["phi3-train", f"{config.folder}.py"]
+    arguments = (f"{config.folder}.py",), log, devices
     if watch is None:
-        main()
+        command_in_child(*arguments)
     opened = set()
 
     def hook(event: str, arguments: tuple) -> None:
@@ -171,7 +178,7 @@ def train_in_child(
     sys.addaudithook(hook)
     batches = record_batches(pytest.MonkeyPatch())
     try:
-        main()
+        command_in_child(*arguments)
     finally:
         Path(watch).write_text(json.dumps({"batches": batches, "opened": sorted(opened)}))
 
@@ -191,7 +198,14 @@ class Forks:
         """A process that begins with a run, or goes on with one."""
         write_page(config)
         arguments = (config, str(self.log), self._devices, watch and str(watch), environ)
-        process = self._context.Process(target=train_in_child, args=arguments)
+        return self._fork(train_in_child, arguments)
+
+    def command(self, *arguments: str) -> Any:
+        """A process of `phi3-train` with these arguments."""
+        return self._fork(command_in_child, (arguments, str(self.log), self._devices))
+
+    def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
+        process = self._context.Process(target=target, args=arguments)
         with pytest.MonkeyPatch.context() as patch:
             # The server, which starts with the first of them, finds modules only there.
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

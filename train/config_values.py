@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
+
+from phi3_jax.json_files import parse_json
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -79,7 +80,7 @@ def parse(key: str, text: str, hint: Any) -> Any:
 
 def _parse_json(key: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(
             f"{key} is {text!r}, which begins as a JSON list and is none ({error}); write "

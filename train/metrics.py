@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 import phi3_jax as phi3
+from phi3_jax.json_files import parse_json
 from train.config import LoraConfig
 
 # Dense bfloat16 products a second of one device, in 10^12, from the vendors' data sheets, by a
@@ -189,9 +190,19 @@ class Reporter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a killed run did not finish is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of a metrics file; one that a killed run did not finish is left out.
+
+    Raises:
+      ValueError: where a line is not JSON in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        return [parse_json(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} has a line that is not JSON ({error}); take that line out, or move the "
+            "file away"
+        ) from None
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.folder import ADAPTER_CONFIG_FILE as CONFIG_FILE
+from phi3_jax.folder import check_finished
 from phi3_jax.hf_format import LeafPath, Weight, WeightTable, raise_problems
 from phi3_jax.json_files import read_json_object
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.processes import by_all, staged_by_all
-from phi3_jax.safetensors_files import DTYPES
+from phi3_jax.safetensors_files import DTYPES, save_file
 from train.config import TARGETS, LoraConfig
 from train.lora import abstract_adapters, check_lora
 
@@ -140,8 +141,7 @@ def save_adapter(
         if jax.process_index() == 0:
             text = json.dumps(values, indent=2) + "\n"
             (stage / CONFIG_FILE).write_text(text, encoding="utf-8")
-            path = stage / WEIGHTS_FILE
-            safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+            save_file(tensors, stage / WEIGHTS_FILE, {"format": "pt"})
 
 
 def load_adapter(folder: str | Path, model: Phi3ForCausalLM) -> tuple[LoraConfig, dict[str, Any]]:
@@ -152,10 +152,12 @@ def load_adapter(folder: str | Path, model: Phi3ForCausalLM) -> tuple[LoraConfig
 
     Raises:
       FileNotFoundError: where a file is missing.
-      ValueError: for settings that the model's adapters do not have (DoRA, rank_pattern,
-        modules_to_save, ...), and with all that is missing, unexpected or mis-shaped.
+      ValueError: for what an interrupted run left behind, for settings that the model's adapters do
+        not have (DoRA, rank_pattern, modules_to_save, ...), and with all that is missing,
+        unexpected or mis-shaped.
     """
     folder = Path(folder).expanduser()
+    check_finished(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from phi3_jax.json_files import parse_json
+
 _BYTES_AT_ONCE = 1 << 24
 _BLANKS = b" \t\r\n"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -253,13 +255,11 @@ _KINDS: dict[str, Callable[[Path], RecordFile]] = {
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.rstrip(_BLANKS).decode("utf-8"))
+        value = parse_json(raw.rstrip(_BLANKS).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
-    except RecursionError as error:
-        raise ValueError("is nested too deeply; messages need two levels") from error
     if not isinstance(value, dict):
         raise ValueError(f"is a JSON {type(value).__name__}, must be an object")
     return value

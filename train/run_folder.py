@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and whether a run may go on in it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,7 +16,8 @@ from jax.experimental import multihost_utils
 
 from phi3_jax.json_files import read_json_object
 from phi3_jax.processes import by_all
-from train.config import TrainConfig
+from train.config import LoraConfig, OptimizerConfig, TrainConfig
+from train.metrics import METRICS_FILE
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
@@ -23,6 +25,7 @@ _LOCK = ".lock"
 
 # What a run may not change when it goes on; model, data and weights are compared besides.
 _FIXED = ("optimizer", "lora", "batch_size", "seed")
+_SECTIONS = {"optimizer": OptimizerConfig(), "lora": LoraConfig()}
 
 
 @contextlib.contextmanager
@@ -30,8 +33,9 @@ def own_folder(folder: Path) -> Generator[None]:
     """Makes the folder of a run, for all of its processes, and keeps a second run out of it.
 
     Raises:
-      ValueError: where another run is writing into it, it has the config.json of a model, its
-        file system has no locks, or the processes do not all see the same folder.
+      ValueError: where another run is writing into it, it has the config.json of a model or the
+        metrics of another program, its file system has no locks, or the processes do not all see
+        the same folder.
     """
     with contextlib.ExitStack() as stack:
         mark = np.frombuffer(secrets.token_bytes(8), np.uint8)
@@ -53,7 +57,7 @@ def own_folder(folder: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, mark: str) -> Generator[None]:
-    _check_config(folder / CONFIG_FILE)
+    _check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a+", encoding="utf-8") as lock:
         try:
@@ -75,20 +79,26 @@ def _locked(folder: Path, mark: str) -> Generator[None]:
         yield
 
 
-def _check_config(path: Path) -> None:
-    """Refuses a folder with the config of something else, such as a model: the run's would take its
-    place.
+def _check_own(folder: Path) -> None:
+    """Refuses a folder with files of something else, such as a model, that a run would overwrite.
+
+    A run writes its config before the first line of its metrics, so that one which ended before its
+    first checkpoint is known by it.
     """
-    if not path.is_file():
-        return
+    config, metrics = folder / CONFIG_FILE, folder / METRICS_FILE
     try:
-        is_own = {"folder", "data"} <= read_json_object(path).keys()
+        is_run = config.is_file() and {"folder", "data"} <= read_json_object(config).keys()
     except ValueError:
-        is_own = False
-    if not is_own:
+        is_run = False
+    if config.is_file() and not is_run:
         raise ValueError(
-            f"{str(path)!r} is not the config of a run, and would be overwritten; choose another "
+            f"{str(config)!r} is not the config of a run, and would be overwritten; choose another "
             "folder (folder=...)"
+        )
+    if metrics.is_file() and metrics.stat().st_size and not is_run:
+        raise ValueError(
+            f"{str(metrics)!r} has no {CONFIG_FILE} of a run beside it, and would be overwritten; "
+            "choose another folder (folder=...), or move that file away"
         )
 
 
@@ -104,6 +114,8 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 def check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
     """Refuses to go on with other settings, data or weights than the run began with.
 
+    Settings that the version which began it did not have were as they are by default.
+
     Args:
       saved: values of a checkpoint: config, model (its config), data (a fingerprint) and frozen
         (that of the weights that are not trained).
@@ -111,13 +123,25 @@ def check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> 
       folder: of the run.
 
     Raises:
-      ValueError: with all that differs.
+      ValueError: with all that differs, or with the settings that this version does not have.
     """
     run = json.loads(json.dumps(run))
-    then, now = saved["config"], run["config"]
-    changed = [
-        f"{name} was {then[name]}, is {now[name]}" for name in _FIXED if then[name] != now[name]
-    ]
+    changed, unknown = [], []
+    for name in _FIXED:
+        was, value = saved["config"][name], run["config"][name]
+        then, now = {name: was}, {name: value}
+        if isinstance(was, dict) and isinstance(value, dict):
+            default = json.loads(json.dumps(dataclasses.asdict(_SECTIONS[name])))
+            then = {f"{name}.{key}": part for key, part in (default | was).items()}
+            now = {f"{name}.{key}": part for key, part in value.items()}
+        changed += [f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]]
+        unknown += [key for key in then if key not in now]
+    if unknown:
+        raise ValueError(
+            f"{str(folder)!r} holds a run of another version, with {', '.join(unknown)} in its "
+            "config, which this version does not know; go on with the version that began it, or "
+            "choose another folder (folder=...)"
+        )
     changed += [
         f"the model's {name} was {value}, is {run['model'].get(name)}"
         for name, value in saved["model"].items()

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.fingerprint import fingerprint
+from phi3_jax.json_files import parse_json
 from phi3_jax.processes import by_all, on_host
+from phi3_jax.safetensors_files import save_file
 from phi3_jax.sharding import Names, named_sharding
 
 _FORMAT = "phi3_jax prompt cache"
@@ -144,15 +145,15 @@ class PromptCache:
             raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
         dtype = arrays.get("k_LBKSH", np.empty(0, model.dtype)).dtype
         _check(path, metadata, config, dtype, model.dtype)
-        weights = int(metadata["weights"])
+        ring, quantized, capacity, weights = (
+            _value(path, metadata, name) for name in ("ring", "quantized", "capacity", "weights")
+        )
         if params is not None and fingerprint(params) != weights:
             raise ValueError(
                 f"{str(path)!r} was made with other weights; make it again with these, or use the "
                 "model that it belongs to"
             )
-        ring, quantized = (json.loads(metadata[name]) for name in ("ring", "quantized"))
         init = functools.partial(KVCache.init, ring=ring, quantized=quantized)
-        capacity = int(metadata["capacity"])
         empty = jax.eval_shape(lambda: init(config, 1, capacity, model.dtype, mesh))
         tokens = arrays.pop("tokens")
 
@@ -189,17 +190,26 @@ def _model(config: Phi3Config) -> dict[str, Any]:
 def _check(path: Path, metadata: dict[str, str], config: Phi3Config, dtype, wanted_dtype) -> None:
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} is not a prompt cache; PromptCache.save writes one")
-    if metadata["version"] != _VERSION:
+    if (version := metadata.get("version")) != _VERSION:
         raise ValueError(
-            f"{str(path)!r} is a prompt cache of version {metadata['version']}, this is "
-            f"{_VERSION}; make it again"
+            f"{str(path)!r} is a prompt cache of version {version}, this is {_VERSION}; make it "
+            "again"
         )
-    _check_model(repr(str(path)), json.loads(metadata["model"]), config)
+    _check_model(repr(str(path)), _value(path, metadata, "model"), config)
     if dtype != np.dtype(wanted_dtype):
         raise ValueError(
             f"{str(path)!r} holds {dtype}, this model computes in {np.dtype(wanted_dtype)}; load "
             "the model in that dtype, or make the cache again"
         )
+
+
+def _value(path: Path, metadata: dict[str, str], name: str) -> Any:
+    try:
+        return parse_json(metadata.get(name, ""))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is a prompt cache whose {name} is not JSON ({error}); make it again"
+        ) from None
 
 
 def _check_model(what: str, theirs: dict[str, Any], config: Phi3Config) -> None:

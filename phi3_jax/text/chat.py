@@ -125,7 +125,7 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], roles: Sequence[str])
     try:
         # Through JSON, so that no object with methods of its own gets into the sandbox.
         return json.loads(json.dumps([dict(message) for message in messages]))
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"messages must be plain JSON data: {error}") from error
 
 

@@ -6,13 +6,12 @@ see added tokens such as <|user|>, so they are cut out of the text here first.
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from phi3_jax.json_files import read_json_object
+from phi3_jax.json_files import parse_json, read_json_object
 from phi3_jax.text.token_text import ByteLevelText, PieceText, token_text_of
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -142,7 +141,7 @@ class TokenizersVocabulary:
         raw = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-            spec = json.loads(raw)
+            spec = parse_json(raw)
             self.new_text: Callable[[], PieceText | ByteLevelText] = token_text_of(
                 spec.get("decoder")
             )

@@ -29,7 +29,7 @@ LINES = {
     "a word": ("text", "is not JSON"),
     "not UTF-8": (b'{"text": "\xff"}', "is not UTF-8: .* at byte 10"),
     "UTF-16": ('{"text": "a"}'.encode("utf-16-le"), "is not JSON|is not UTF-8"),
-    "nested": ("[" * 100_000, "is nested too deeply"),
+    "nested": ("[" * 100_000, "nested too deeply"),
     "many digits": ('{"text": ' + "1" * 5000 + "}", "digits"),
     "a line break in a text": ('{"text": "a\n b"}', "is not JSON"),
     "empty": ("{}", r"the keys \(none\)"),

@@ -179,6 +179,14 @@ def test_bfloat16_and_what_is_refused(tmp_path):
     save_file(load_file(path), newer, {**metadata, "version": "4"})
     with pytest.raises(ValueError, match="of version 4, this is 3"):
         PromptCache.load(newer, model)
+    for name, text, words in (
+        ("model", "[" * 10**5, "model is not JSON .nested too deeply"),
+        ("ring", "yes", "ring is not JSON"),
+        ("capacity", "", "capacity is not JSON"),
+    ):
+        save_file(load_file(path), newer, {**metadata, name: text})
+        with pytest.raises(ValueError, match=f"is a prompt cache whose {words}.*; make it again"):
+            PromptCache.load(newer, model)
     save_file({"k": np.zeros(3)}, tmp_path / "else")
     with pytest.raises(ValueError, match="is not a prompt cache"):
         PromptCache.load(tmp_path / "else", model)
@@ -213,3 +221,5 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
     second.save(path)
     np.testing.assert_array_equal(PromptCache.load(path, model).tokens, second.tokens)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    (tmp_path / "any file").touch()
+    assert path.stat().st_mode == (tmp_path / "any file").stat().st_mode

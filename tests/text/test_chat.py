@@ -8,7 +8,16 @@ from phi3_jax.text.chat import load_chat_template, render_chat
 TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi\nthere "}
+LOOP: list = []
+LOOP.append(LOOP)
 ASSISTANT = {"role": "assistant", "content": "Hello <b>&"}
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def test_phi3s_own_format():
@@ -41,6 +50,8 @@ def test_an_empty_system_message_says_nothing():
         ([USER, {"role": "assistant"}], r"message 1 \(role 'assistant'\).*NoneType"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"message 0 \(role 'user'\).*list"),
         ([{**USER, "image": object()}], "plain JSON"),
+        ([{**USER, "image": LOOP}], "plain JSON data: Circular"),
+        ([{**USER, "image": nested(100_000)}], "plain JSON data: maximum recursion"),
     ],
 )
 def test_messages_that_are_none(messages, words):

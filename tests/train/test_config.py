@@ -100,6 +100,7 @@ def test_steps_make_room_for_epochs(page):
         ("profile=[1, 2, 3]", "must have 2 values"),
         ("profile=[1, true]", "profile is True, must be a whole number"),
         ("evaluation.samples=[one, two]", "begins as a JSON list and is none"),
+        pytest.param(f"evaluation.samples={'[' * 100_000}", "nested too deeply", id="deep"),
         ("evaluation.samples=[1]", "evaluation.samples is 1, must be a text"),
     ],
 )

@@ -193,6 +193,15 @@ def test_a_folder_that_cannot_be_written(place, tmp_path, monkeypatch, capfd):
     assert error.startswith("error: ") and config.folder in error
 
 
+def test_the_metrics_of_another_program_stay(place, tmp_path):
+    file = tmp_path / METRICS_FILE
+    file.write_text('{"epoch": 1, "step": 1}\n')
+    with pytest.raises(ValueError, match="beside it, and would be overwritten; choose another"):
+        run_train(small_run(place[0], **SETTINGS, folder=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == '{"epoch": 1, "step": 1}\n'
+
+
 # ----- Checkpoints --------------------------------------------------------------------------------
 
 

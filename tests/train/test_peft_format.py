@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -248,12 +249,29 @@ def test_broken_and_missing_files(name, tmp_path):
 # --- Whole or not at all ---------------------------------------------------------------------
 
 
+def test_what_an_interrupted_run_left_is_refused(tmp_path):
+    saved(tmp_path / "adapter")
+    left = (tmp_path / "adapter").rename(tmp_path / ".adapter.partial-0a1b2c3d")
+    with pytest.raises(ValueError, match="left unfinished by an interrupted run; run that again"):
+        load_adapter(left, model_of())
+
+
 def test_an_existing_folder_stays(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine").write_text("mine")
     with pytest.raises(FileExistsError, match="adapter' exists; replace it with force"):
         saved(tmp_path / "adapter")
     assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["mine"]
+
+
+def test_those_who_may_read_the_settings_may_read_the_weights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        saved(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()}
+    assert modes == {"adapter_config.json": 0o640, "adapter_model.safetensors": 0o640}
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_any_thread_and_process_may_read(tmp_path, ending):
         (b'{"text": "a"', "is not JSON: Expecting ',' delimiter at character 13$"),
         (b"[1, 2]", "is a JSON list, must be an object"),
         (b'{"text": "\xff"}', "is not UTF-8: invalid start byte at byte 10"),
-        (b"[" * 100_000, "is nested too deeply"),
+        (b"[" * 100_000, "^nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "digits"),
     ],
 )

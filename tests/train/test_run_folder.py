@@ -1,6 +1,9 @@
 """The folder of a run is one for all of its processes."""
 
+import dataclasses
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from train.run_folder import own_folder
+from train.config import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
+from train.run_folder import check_same_run, own_folder
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -17,7 +21,8 @@ import sys
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from train.run_folder import own_folder
+from train.config import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
+from train.run_folder import check_same_run, own_folder
 try:
     with own_folder(Path(sys.argv[3])):
         print("mine", flush=True)
@@ -25,6 +30,10 @@ except Exception as error:
     print(type(error).__name__, error, flush=True)
 jax.distributed.shutdown()
 """
+
+
+RUN = TrainConfig(folder="runs/one", data=DataConfig(path="data"), steps=3)
+CONFIG = json.dumps(RUN.to_dict())
 
 
 def two_processes(folders: list[Path]) -> list[str]:
@@ -76,3 +85,68 @@ def test_the_config_of_something_else_is_not_overwritten(tmp_path, text):
             raise AssertionError("not entered")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == text
+
+
+def test_the_metrics_of_something_else_are_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": 0.5}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl' has no config.json of a run beside it"):
+        with own_folder(tmp_path):
+            raise AssertionError("not entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"metrics.jsonl": "", ".lock": "0a"},  # ended before its config was written
+        {"metrics.jsonl": '{"kind": "train", "step": 1}\n', "config.json": CONFIG},
+    ],
+)
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with own_folder(tmp_path):
+        pass
+
+
+def values_of(**changes) -> dict:
+    """What a checkpoint keeps of RUN, with changes of its config."""
+    config = json.loads(json.dumps(RUN.to_dict()))
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(config[key], dict) else value
+    return {"config": config, "model": {"vocab_size": 9}, "data": "a", "frozen": None}
+
+
+def without(section: str, key: str) -> dict:
+    values = values_of()
+    del values["config"][section][key]
+    return values
+
+
+def now(**changes) -> dict:
+    return values_of() | {"config": dataclasses.replace(RUN, **changes).to_dict()}
+
+
+def test_settings_that_the_version_before_did_not_have_were_as_by_default(tmp_path):
+    for key in ("b1", "freeze"):
+        check_same_run(without("optimizer", key), now(), tmp_path)
+    with pytest.raises(ValueError, match="holds another run: optimizer.b1 was 0.9, is 0.5; set"):
+        check_same_run(without("optimizer", "b1"), now(optimizer=OptimizerConfig(b1=0.5)), tmp_path)
+
+
+def test_settings_that_this_version_does_not_have_are_named(tmp_path):
+    saved = values_of(optimizer={"nesterov": True, "b1": 0.5}, seed=3)
+    words = "holds a run of another version, with optimizer.nesterov in its config, which this"
+    with pytest.raises(ValueError, match=f"{words} .*; go on with the version that began it"):
+        check_same_run(saved, now(), tmp_path)
+    check_same_run(values_of(evaluation={"judge": "x"}), now(), tmp_path)  # makes no difference
+
+
+def test_all_settings_that_differ_are_named(tmp_path):
+    saved = values_of(optimizer={"b1": 0.5, "freeze": ["lm_head.*"]}, seed=3)
+    words = (
+        "optimizer.b1 was 0.5, is 0.9; optimizer.freeze was ['lm_head.*'], is []; "
+        "lora was None, is {'rank': 2, "
+    )
+    with pytest.raises(ValueError, match=f"holds another run: {re.escape(words)}.*; seed was 3"):
+        check_same_run(saved, now(lora=LoraConfig(rank=2)), tmp_path)

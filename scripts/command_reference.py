@@ -13,7 +13,8 @@ from pathlib import Path
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from phi3_jax.cli import chat, generate
+from phi3_jax.chat_cli import chat
+from phi3_jax.cli import generate
 from phi3_jax.compilation_cache import HELP
 from phi3_jax.doctor import doctor
 

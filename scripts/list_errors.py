@@ -50,7 +50,7 @@ GROUPS = {
         "phi3_jax.model",
     ),
     "Meshes": ("phi3_jax.sharding",),
-    "Generating": ("phi3_jax.cli", "phi3_jax.generation", "phi3_jax.text"),
+    "Generating": ("phi3_jax.chat_cli", "phi3_jax.cli", "phi3_jax.generation", "phi3_jax.text"),
     "Looking at an installation": ("phi3_jax.doctor",),
     "Converting": ("convert",),
     "Training: the config of a run": ("train.config", "train.config_values"),

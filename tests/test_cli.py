@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from phi3_jax import cli
+from phi3_jax import chat_cli, cli
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_generate_answers_and_says_that_it_is_the_demo(run):
 
 
 def test_chat_tells_of_each_answer(run):
-    status, _, err = run(cli.chat_command, "--stats", stdin=f"{QUESTION}\n!clear\n{QUESTION}")
+    status, _, err = run(chat_cli.chat_command, "--stats", stdin=f"{QUESTION}\n!clear\n{QUESTION}")
     stats = [line.split(" | ") for line in err.splitlines() if "start" in line]
     assert status == 0 and len(stats) == 2
     assert stats[0][:2] == stats[1][:2] and stats[1][2] == "compile 0.00 s"
@@ -84,7 +84,8 @@ def asked(monkeypatch):
             calls.append((messages, seed, settings))
             yield ""
 
-    monkeypatch.setattr(cli, "load_generator", lambda *arguments: Silent())
+    for module in (cli, chat_cli):
+        monkeypatch.setattr(module, "load_generator", lambda *arguments: Silent())
     monkeypatch.setattr(cli, "load_model", lambda model, dtype: (model, f"{model}/{dtype}", "p"))
     return calls
 
@@ -111,7 +112,7 @@ def test_options_are_settings_of_generation(run, asked, tmp_path):
         "cache_implementation": "quantized",
     }
     assert run(cli.generate_command, "hi")[0] == 0 and asked[1][2] == {}
-    assert run(cli.chat_command, *as_options(SAMPLING), stdin="hi")[0] == 0
+    assert run(chat_cli.chat_command, *as_options(SAMPLING), stdin="hi")[0] == 0
     assert asked[2][2] == SAMPLING
     draft = ["--draft-model", "small", "--num-draft-tokens", "5", "--dtype", "float32"]
     assert run(cli.generate_command, "hi", "--num-beams", "1", *draft)[0] == 0
@@ -221,16 +222,17 @@ def test_errors_are_one_message_without_a_traceback(run, arguments, words):
 
 
 def test_help_says_where_compiled_programs_are(run):
-    for entry in (cli.generate_command, cli.chat_command):
+    for entry in (cli.generate_command, chat_cli.chat_command):
         status, out, _ = run(entry, "--help")
         assert status == 0 and "JAX_ENABLE_COMPILATION_CACHE=false" in out
 
 
 def test_a_closed_input_is_an_empty_one(run, monkeypatch):
-    monkeypatch.setattr(cli, "load_generator", lambda *_: None)
+    for module in (cli, chat_cli):
+        monkeypatch.setattr(module, "load_generator", lambda *_: None)
     for entry, arguments, status in (
         (cli.generate_command, ["-"], 1),
-        (cli.chat_command, [], 0),
+        (chat_cli.chat_command, [], 0),
     ):
         found, out, err = run(entry, *arguments, stdin=None)
         assert found == status and not out
@@ -244,7 +246,7 @@ def test_unknown_options_are_usage_errors(run):
 def test_chat_keeps_history_and_obeys(run, tmp_path):
     file = tmp_path / "chat.json"
     lines = ["!help", QUESTION, "/set max_new_tokens=3", QUESTION, f"!save {file}", "!nothing"]
-    status, out, err = run(cli.chat_command, stdin="\n".join([*lines, "!exit", "unread"]))
+    status, out, err = run(chat_cli.chat_command, stdin="\n".join([*lines, "!exit", "unread"]))
     assert status == 0 and "Paris" in out.splitlines()[0]
     assert "!clear" in err and "no command 'nothing'" in err
     saved = json.loads(file.read_text())
@@ -265,7 +267,7 @@ def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
         "!save",
         f"!save {file}",
     ]
-    status, _, err = run(cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
+    status, _, err = run(chat_cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
     assert status == 0 and file.read_text() == "mine"
     values = ("temperature is -1", "'nonsense'", "'x' must be a number", "[[' must be a number")
     for words in (*values, "!set needs NAME=VALUE", "!save needs a file name"):
@@ -276,13 +278,13 @@ def test_chat_clear_save_and_set_report_their_faults(run, tmp_path):
 def test_chat_clear_forgets_all_but_the_system_message(run, tmp_path):
     file = tmp_path / "chat.json"
     lines = [QUESTION, "!clear", f"!save {file}"]
-    run(cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
+    run(chat_cli.chat_command, "--system", "Be kind.", stdin="\n".join(lines))
     assert json.loads(file.read_text()) == [{"role": "system", "content": "Be kind."}]
 
 
 def test_settings_can_be_taken_back(run):
     lines = ["!set temperature=0.5", "!set top_k=3", "!set temperature=null"]
-    err = run(cli.chat_command, stdin="\n".join(lines))[2]
+    err = run(chat_cli.chat_command, stdin="\n".join(lines))[2]
     assert '({"temperature": 0.5, "top_k": 3})' in err and '({"top_k": 3})' in err
 
 
@@ -293,11 +295,11 @@ def test_a_conversation_that_the_template_refuses_is_not_the_end(run, tmp_path):
     (folder / "chat_template.jinja").write_text(template + "{{ messages[0].content }}")
     file = tmp_path / "chat.json"
     lines = ["Hello", "again", f"!save {file}"]
-    status, _, err = run(cli.chat_command, "--model", str(folder), stdin="\n".join(lines))
+    status, _, err = run(chat_cli.chat_command, "--model", str(folder), stdin="\n".join(lines))
     assert status == 0 and "one turn only" in err and len(json.loads(file.read_text())) == 2
 
 
 def test_a_turn_that_does_not_fit_is_forgotten(run):
     lines = [QUESTION + " please" * 40, QUESTION]
-    status, out, err = run(cli.chat_command, "--cache-length", "40", stdin="\n".join(lines))
+    status, out, err = run(chat_cli.chat_command, "--cache-length", "40", stdin="\n".join(lines))
     assert status == 0 and "leaves none for an answer" in err and "Paris" in out

@@ -46,6 +46,7 @@ ORDER = [
     {"phi3_jax.checkpoint"},
     {"phi3_jax.text"},
     {"phi3_jax.cli"},
+    {"phi3_jax.chat_cli"},
     {"phi3_jax.doctor"},
     {"convert", "train"},
     {"configs"},

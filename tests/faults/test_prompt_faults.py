@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import phi3_jax as phi3
-from phi3_jax import cli
+from phi3_jax import chat_cli, cli
 
 # Arguments of the command -> what is said.
 COMMANDS = {
@@ -162,7 +162,7 @@ def test_a_conversation_that_a_chat_cannot_hold(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     monkeypatch.setattr(sys, "argv", ["phi3-chat"])
     with pytest.raises(SystemExit) as stop:
-        cli.chat_command()
+        chat_cli.chat_command()
     assert stop.value.code == 0
     out, err = capsys.readouterr()
     assert err.count("error: ") == 5 and "Traceback" not in err and out == ""

@@ -123,9 +123,15 @@ def check_same_run(saved: dict[str, Any], run: dict[str, Any], folder: Path) -> 
       folder: of the run.
 
     Raises:
-      ValueError: with all that differs, or with the settings that this version does not have.
+      ValueError: with all that differs, or with the settings that this version does not have; for
+        checkpoints of another program.
     """
     run = json.loads(json.dumps(run))
+    if missing := [name for name in run if name not in saved]:
+        raise ValueError(
+            f"the checkpoints in {str(folder)!r} are another program's: they do not say their "
+            f"{', '.join(missing)}; choose another folder (folder=...)"
+        )
     changed, unknown = [], []
     for name in _FIXED:
         was, value = saved["config"][name], run["config"][name]

@@ -142,6 +142,12 @@ def test_settings_that_this_version_does_not_have_are_named(tmp_path):
     check_same_run(values_of(evaluation={"judge": "x"}), now(), tmp_path)  # makes no difference
 
 
+def test_checkpoints_of_another_program_are_told(tmp_path):
+    saved = {"config": {"lr": 0.1}, "epoch": 3}
+    with pytest.raises(ValueError, match="another program's: they do not say their model, data, f"):
+        check_same_run(saved, now(), tmp_path)
+
+
 def test_all_settings_that_differ_are_named(tmp_path):
     saved = values_of(optimizer={"b1": 0.5, "freeze": ["lm_head.*"]}, seed=3)
     words = (

@@ -112,9 +112,8 @@ class PromptCache:
         with by_all():
             if jax.process_index() == 0:
                 check_path(path)
-                _write(
-                    path, {**_named(cache), "tokens": np.asarray(self.tokens, np.int32)}, metadata
-                )
+                arrays = _named(cache) | {"tokens": np.asarray(self.tokens, np.int32)}
+                _write(path, jax.tree.map(np.ascontiguousarray, arrays), metadata)
 
     def _real(self, names: Names) -> tuple[slice, ...]:
         heads = self.config.num_key_value_heads
@@ -145,8 +144,9 @@ class PromptCache:
             raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
         dtype = arrays.get("k_LBKSH", np.empty(0, model.dtype)).dtype
         _check(path, metadata, config, dtype, model.dtype)
+        kinds = {"ring": bool, "quantized": bool, "capacity": int, "weights": int}
         ring, quantized, capacity, weights = (
-            _value(path, metadata, name) for name in ("ring", "quantized", "capacity", "weights")
+            _value(path, metadata, name, kind) for name, kind in kinds.items()
         )
         if params is not None and fingerprint(params) != weights:
             raise ValueError(
@@ -155,7 +155,21 @@ class PromptCache:
             )
         init = functools.partial(KVCache.init, ring=ring, quantized=quantized)
         empty = jax.eval_shape(lambda: init(config, 1, capacity, model.dtype, mesh))
-        tokens = arrays.pop("tokens")
+        tokens = arrays.pop("tokens", np.empty(0))
+        held = len(tokens) if empty.column_BS is None else empty.slots
+        sizes = {"attention_heads": config.num_key_value_heads, "slots": held}
+
+        def stored(x: Any, names: Names) -> jax.ShapeDtypeStruct:
+            shape = tuple(map(sizes.get, names, x.shape))
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        wanted = {name: (x.shape, x.dtype) for name, x in _named(empty.mapped(stored)).items()}
+        found = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+        if found != wanted or tokens.shape != (len(tokens),) or tokens.dtype != np.int32:
+            raise ValueError(
+                f"{str(path)!r} holds other arrays than a prompt cache of {len(tokens)} tokens; "
+                "make it again"
+            )
 
         def fill(keys, leaf):
             if not leaf.shape:
@@ -195,7 +209,7 @@ def _check(path: Path, metadata: dict[str, str], config: Phi3Config, dtype, want
             f"{str(path)!r} is a prompt cache of version {version}, this is {_VERSION}; make it "
             "again"
         )
-    _check_model(repr(str(path)), _value(path, metadata, "model"), config)
+    _check_model(repr(str(path)), _value(path, metadata, "model", dict), config)
     if dtype != np.dtype(wanted_dtype):
         raise ValueError(
             f"{str(path)!r} holds {dtype}, this model computes in {np.dtype(wanted_dtype)}; load "
@@ -203,21 +217,24 @@ def _check(path: Path, metadata: dict[str, str], config: Phi3Config, dtype, want
         )
 
 
-def _value(path: Path, metadata: dict[str, str], name: str) -> Any:
+def _value(path: Path, metadata: dict[str, str], name: str, kind: type) -> Any:
     try:
-        return parse_json(metadata.get(name, ""))
-    except ValueError as error:
+        value = parse_json(metadata.get(name, ""))
+    except ValueError:
+        value = None
+    if type(value) is not kind:
         raise ValueError(
-            f"{str(path)!r} is a prompt cache whose {name} is not JSON ({error}); make it again"
-        ) from None
+            f"{str(path)!r} is a prompt cache whose {name} cannot be read; make it again"
+        )
+    return value
 
 
 def _check_model(what: str, theirs: dict[str, Any], config: Phi3Config) -> None:
     ours = json.loads(json.dumps(_model(config)))
     for name in _FIELDS:
-        if theirs[name] != ours[name]:
+        if theirs.get(name) != ours[name]:
             raise ValueError(
-                f"{what} was made by another model: its {name} is {theirs[name]}, that of this "
+                f"{what} was made by another model: its {name} is {theirs.get(name)}, that of this "
                 f"model {ours[name]}; make it again with this one"
             )
 
@@ -226,10 +243,10 @@ def _name(keys) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator=".")
 
 
-def _named(cache: KVCache) -> dict[str, np.ndarray]:
+def _named(cache: KVCache) -> dict[str, Any]:
     """The arrays that have slots, by their names in the cache."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
-    return {_name(keys): np.ascontiguousarray(leaf) for keys, leaf in leaves if np.ndim(leaf)}
+    return {_name(keys): leaf for keys, leaf in leaves if leaf.shape}
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -179,14 +179,32 @@ def test_bfloat16_and_what_is_refused(tmp_path):
     save_file(load_file(path), newer, {**metadata, "version": "4"})
     with pytest.raises(ValueError, match="of version 4, this is 3"):
         PromptCache.load(newer, model)
-    for name, text, words in (
-        ("model", "[" * 10**5, "model is not JSON .nested too deeply"),
-        ("ring", "yes", "ring is not JSON"),
-        ("capacity", "", "capacity is not JSON"),
+    for name, text in (
+        ("model", "[" * 10**5),
+        ("model", "[]"),
+        ("ring", "yes"),
+        ("capacity", ""),
+        ("capacity", "9.5"),
+        ("weights", "null"),
     ):
         save_file(load_file(path), newer, {**metadata, name: text})
-        with pytest.raises(ValueError, match=f"is a prompt cache whose {words}.*; make it again"):
+        with pytest.raises(ValueError, match=f"whose {name} cannot be read; make it again"):
             PromptCache.load(newer, model)
+    arrays = load_file(path)
+    for change in (
+        {"tokens": np.zeros(4, np.int32)},
+        {"tokens": np.zeros((5, 1), np.int32)},
+        {"tokens": np.zeros(5, np.int64)},
+        {"v_LBKSH": arrays["v_LBKSH"][:, :, 1:]},
+        {"v_LBKSH": arrays["v_LBKSH"].view(np.float16)},
+        {"more": np.zeros(5)},
+    ):
+        save_file({**arrays, **change}, newer, metadata)
+        with pytest.raises(ValueError, match="holds other arrays than a prompt cache of [45] tok"):
+            PromptCache.load(newer, model)
+    save_file({"k_LBKSH": arrays["k_LBKSH"]}, newer, metadata)
+    with pytest.raises(ValueError, match="holds other arrays than a prompt cache of 0 tokens"):
+        PromptCache.load(newer, model)
     save_file({"k": np.zeros(3)}, tmp_path / "else")
     with pytest.raises(ValueError, match="is not a prompt cache"):
         PromptCache.load(tmp_path / "else", model)

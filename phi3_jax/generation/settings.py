@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from phi3_jax.config_checks import as_token_ids
 from phi3_jax.generation import processors, warpers
@@ -343,7 +344,7 @@ class Settings:
         return (jnp.arange(self.vocab_size)[:, None] == self.eos_ids).any(axis=1)
 
     def _warp(self, scores_BV):
-        best_B1 = scores_BV.max(axis=-1, keepdims=True)
+        whole_BV = scores_BV
         if self.temperature is not None:
             scores_BV = scores_BV / self.temperature
         for warper, value in ((warpers.top_h, self.top_h), (warpers.top_k, self.top_k)):
@@ -358,8 +359,10 @@ class Settings:
         ):
             if value is not None:
                 scores_BV = warper(scores_BV, value, self.min_tokens_to_keep)
-        # Some of them sort, compare and lose a NaN by it.
-        return jnp.where(jnp.isnan(best_B1), jnp.nan, scores_BV)
+        if scores_BV is whole_BV:
+            return scores_BV
+        # Some of them sort and compare, and lose a NaN by it.
+        return jnp.where(jnp.isnan(whole_BV).any(axis=-1, keepdims=True), jnp.nan, scores_BV)
 
     def draw(self, scores_BV: jax.Array, key: jax.Array) -> jax.Array:
         """The next token of every row, int32 [B]: the best, or with do_sample one drawn; NO_TOKEN
@@ -369,13 +372,29 @@ class Settings:
         how many there are, does not change its draws.
         """
         if self.do_sample:
+            # With Gumbel noise the largest is a draw: jax.random.categorical.
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores_BV.shape[0]))
-            token_B = jax.vmap(jax.random.categorical)(keys, scores_BV)
-        else:
-            token_B = jnp.argmax(scores_BV, axis=-1)
-        # Both take a NaN for the largest number.
-        score_B = jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)[:, 0]
-        return jnp.where(jnp.isnan(score_B), NO_TOKEN, token_B).astype(jnp.int32)
+            scores_BV += jax.vmap(lambda key: jax.random.gumbel(key, scores_BV.shape[1:]))(keys)
+        score_B, token_B = _best(scores_BV)
+        return jnp.where(jnp.isnan(score_B), NO_TOKEN, token_B)
+
+
+def _best(scores_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest score of each row and its place, the first of equals; a NaN before all others.
+
+    What jnp.argmax compiles to keeps the score to itself: asking for it again would be one more sum
+    over the devices that share the vocabulary.
+    """
+
+    def better(one, other):
+        (a, i), (b, j) = one, other
+        larger = (a > b) | jnp.isnan(a)
+        first = larger | ((a == b) & (i < j))
+        return jnp.where(larger, a, b), jnp.where(first, i, j)
+
+    places_BV = lax.broadcasted_iota(jnp.int32, scores_BV.shape, 1)
+    start = jnp.array(-jnp.inf, scores_BV.dtype), jnp.int32(0)
+    return lax.reduce((scores_BV, places_BV), start, better, (1,))
 
 
 def check_chosen(tokens_BS: np.ndarray, dtype: Any) -> None:

@@ -34,6 +34,11 @@ def pytest_addoption(parser):
         help="draws the configs that tests/parity compares (default 0)",
     )
     parser.addoption(
+        "--first-cases",
+        action="store_true",
+        help="of each test with parameters the first case only, as CI on its second Python",
+    )
+    parser.addoption(
         "--long",
         action="store_true",
         help="kills as often as docs/reliability.md says (default: a few times)",
@@ -43,6 +48,15 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="real weights of phi-3-mini for tests/weights, which says more (default: left out)",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-cases"):
+        first = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[one for one in items if one not in first.values()])
+        items[:] = first.values()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -58,6 +58,7 @@ def test_commands_run_in_order(folders, commands):
     assert ": equal" in output
 
 
+@pytest.mark.slow
 def test_training_commands_run_in_order(folders, commands):
     _, _, lines, _ = [block.splitlines() for block in blocks("sh")]
     shutil.copytree(ROOT / "configs" / "tiny_skill", "skill")

@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
+from phi3_jax.generation.choice import NO_TOKEN
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.decoding import (
     Plan,
@@ -38,7 +39,7 @@ from phi3_jax.generation.decoding import (
     readable,
     settled,
 )
-from phi3_jax.generation.settings import NO_TOKEN, Past
+from phi3_jax.generation.settings import Past
 from phi3_jax.rope import rows_are_long
 
 

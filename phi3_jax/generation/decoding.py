@@ -27,7 +27,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
-from phi3_jax.generation.settings import NO_TOKEN, Past, Settings
+from phi3_jax.generation.choice import NO_TOKEN
+from phi3_jax.generation.settings import Past, Settings
 from phi3_jax.generation.stop_strings import StopStrings
 from phi3_jax.rope import RopeTables, rows_are_long
 from phi3_jax.sharding import constrain

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from phi3_jax.cache import KVCache
+from phi3_jax.generation.choice import check_chosen
 from phi3_jax.generation.constraints import Constraint
 from phi3_jax.generation.decoding import (
     NOTHING,
@@ -33,7 +34,7 @@ from phi3_jax.generation.decoding import (
 )
 from phi3_jax.generation.outputs import GenerateResult
 from phi3_jax.generation.prompt import Rows
-from phi3_jax.generation.settings import Past, check_chosen
+from phi3_jax.generation.settings import Past
 from phi3_jax.rope import RopeTables
 from phi3_jax.sharding import replicate
 

@@ -14,19 +14,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from phi3_jax.config_checks import as_token_ids
 from phi3_jax.generation import processors, warpers
+from phi3_jax.generation.choice import choose
 from phi3_jax.generation.config import GenerationConfig
 from phi3_jax.generation.processors import SequenceBias
 from phi3_jax.generation.watermark import Watermark
 
 # f(tokens_BS, length_B, logits_BV) -> logits_BV, traceable by jax
 LogitsProcessor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-# Stands for the token of a row whose scores have a NaN.
-NO_TOKEN = -1
 
 
 def aligned_left(ids_BT: np.ndarray, mask_BT: np.ndarray, capacity: int) -> np.ndarray:
@@ -367,48 +364,8 @@ class Settings:
     def draw(self, scores_BV: jax.Array, key: jax.Array) -> jax.Array:
         """The next token of every row, int32 [B]: the best, or with do_sample one drawn; NO_TOKEN
         for a row with a NaN.
-
-        Each row has a key of its own, from its number in the batch: what its neighbours hold, and
-        how many there are, does not change its draws.
         """
-        if self.do_sample:
-            # With Gumbel noise the largest is a draw: jax.random.categorical.
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores_BV.shape[0]))
-            scores_BV += jax.vmap(lambda key: jax.random.gumbel(key, scores_BV.shape[1:]))(keys)
-        score_B, token_B = _best(scores_BV)
-        return jnp.where(jnp.isnan(score_B), NO_TOKEN, token_B)
-
-
-def _best(scores_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest score of each row and its place, the first of equals; a NaN before all others.
-
-    What jnp.argmax compiles to keeps the score to itself: asking for it again would be one more sum
-    over the devices that share the vocabulary.
-    """
-
-    def better(one, other):
-        (a, i), (b, j) = one, other
-        larger = (a > b) | jnp.isnan(a)
-        first = larger | ((a == b) & (i < j))
-        return jnp.where(larger, a, b), jnp.where(first, i, j)
-
-    places_BV = lax.broadcasted_iota(jnp.int32, scores_BV.shape, 1)
-    start = jnp.array(-jnp.inf, scores_BV.dtype), jnp.int32(0)
-    return lax.reduce((scores_BV, places_BV), start, better, (1,))
-
-
-def check_chosen(tokens_BS: np.ndarray, dtype: Any) -> None:
-    """Refuses chosen tokens with NO_TOKEN among them, of a model that computes in this dtype.
-
-    Raises:
-      ValueError: with the first row and column.
-    """
-    for row, column in np.argwhere(tokens_BS == NO_TOKEN):
-        raise ValueError(
-            f"the scores for new token {column} of row {row} are NaN: the weights hold NaN, or "
-            f"numbers too large for {jnp.dtype(dtype).name}; use other weights, or dtype float32 "
-            "(remove_invalid_values takes NaN for 0)"
-        )
+        return choose(scores_BV, key if self.do_sample else None)
 
 
 def _applied(processor: LogitsProcessor, tokens_BS, length_B, scores_BV):

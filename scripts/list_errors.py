@@ -116,7 +116,8 @@ def exits(module: Module, reader: Reader) -> Iterator[str]:
     """Rows of the statuses that commands end with on purpose, and of what becomes one line."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     scripts = settings["project"]["scripts"].items()
-    commands = [name for name, entry in scripts if entry.partition(":")[0] == module.name]
+    homes = {name: entry.partition(":")[0] for name, entry in scripts}
+    commands = [name for name, home in homes.items() if home == module.name]
     entries = [function for name, function in module.helpers.items() if name in ENTRIES]
     told = {ast.unparse(node.func) for node in calls(entries)}
     for name, function in module.helpers.items():
@@ -129,7 +130,13 @@ def exits(module: Module, reader: Reader) -> Iterator[str]:
         if not ends and not caught or name in told:
             continue
         summary = (ast.get_docstring(function) or "").partition("\n\n")[0].replace("\n", " ")
-        called = " ".join([", ".join(commands), *subcommand(function)])
+        # What runs commands may be of another module.
+        others = [
+            command
+            for command, home in homes.items()
+            if name in ENTRIES and reader.modules[home].imports.get(name) == (module.name, name)
+        ]
+        called = " ".join([", ".join([*commands, *others]), *subcommand(function)])
         yield f"| {called} | {' or '.join(sorted(ends))} | {summary} | {', '.join(caught)} |"
 
 
